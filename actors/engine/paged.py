@@ -1,0 +1,408 @@
+"""The paged engine: requests in, token ids out, by continuous batching over paged KV.
+
+`scheduler.Scheduler` decides; this is the thread around it: mail in, plan, run, deliver, and what to do when a step
+fails. Knows nothing of tensors, models, text, ReAct or Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+
+from actors.engine.pages import PageAllocator
+from actors.engine.protocol import Capacity, Request, RowStep, Runner
+from actors.engine.scheduler import Row, Scheduler, Work
+from actors.errors import Cancelled, ContextOverflow, EngineDead, EngineError, OutOfMemory
+from actors.messages import FinishReason, Generation, Numerics, Usage
+
+log = logging.getLogger(__name__)
+
+_WAIT_S = 0.25
+_EVENTS = (
+    "oom_prefill oom_decode errors prefill_halved batch_halved waits graph_drops pool_shrinks culprits preemptions "
+    "evictions"
+)
+
+
+class PagedEngine:
+    """Implements `protocol.Engine` on a runner, in its own thread.
+
+    When a step runs out of memory nothing of it was committed, so it is planned again under smaller bounds: first
+    caches are dropped, then `max_prefill_tokens` is halved (a prefill step, down to `min_prefill_tokens`), then the
+    batch. A row that fails alone waits while somebody else holds the memory; then it gets the graphs dropped, the pool
+    cut by a quarter (down to half of its first size in the engine's life, and never so far that a row does not fit),
+    and leaves with `OutOfMemory` if it still fails; then the bounds are as before. After `grow_after` good steps halved
+    bounds double again, up to the limit. Rows over a halved batch are preempted: they come back to their cached pages.
+
+    A step that fails otherwise is halved in the same way until the row that fails alone leaves with `EngineError`. A
+    dead CUDA context, or a pool that cannot be allocated again, fails everything with `EngineDead`.
+
+    Args:
+        runner: computes; all its calls come from the engine's thread.
+        num_pages: KV pages the runner has, the scratch page 0 included.
+        page_tokens: tokens a page.
+        max_model_len: longest context in tokens, prompt and generation together.
+        max_batch: rows that run together.
+        max_prefill_tokens: tokens of a prefill step.
+        numerics: what stands on every row.
+        kv_bytes_token: KV bytes of one token.
+        min_prefill_tokens: `max_prefill_tokens` is not halved below this.
+        grow_after: good steps before halved bounds double.
+        oom_errors: exceptions that mean out of memory, beside those whose text says so.
+        drop_caches: called after each out-of-memory error, say `torch.cuda.empty_cache`.
+        squeezed: whether somebody else holds memory that was free at the start.
+        patience_s: how long the engine waits for it, since its last good step, before it gives up more than bounds.
+        on_dead: called once, in the engine's thread, when the engine has died and its futures have failed.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        num_pages: int,
+        page_tokens: int,
+        max_model_len: int,
+        max_batch: int,
+        max_prefill_tokens: int,
+        numerics: Numerics,
+        kv_bytes_token: int = 0,
+        min_prefill_tokens: int = 64,
+        grow_after: int = 32,
+        oom_errors: tuple[type[BaseException], ...] = (MemoryError,),
+        drop_caches: Callable[[], None] = lambda: None,
+        squeezed: Callable[[], bool] = lambda: False,
+        patience_s: float = 60.0,
+        on_dead: Callable[[BaseException], None] = lambda error: None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.numerics = numerics
+        self.dead = False
+        self.scheduler = Scheduler(
+            PageAllocator(num_pages, page_tokens),
+            policy=numerics.kv_dtype,
+            max_batch=max_batch,
+            max_prefill_tokens=max_prefill_tokens,
+            max_model_len=max_model_len,
+        )
+        self._runner: Runner | None = runner
+        self._kv_bytes_page = kv_bytes_token * page_tokens
+        self._kv_bytes_token = kv_bytes_token
+        self._first_pages, self._page_tokens = num_pages, page_tokens
+        self._limits = (max_prefill_tokens, max_batch)
+        self._min_prefill_tokens = min(min_prefill_tokens, max_prefill_tokens)
+        self._grow_after = grow_after
+        self._oom_errors, self._drop_caches, self._on_dead, self._clock = oom_errors, drop_caches, on_dead, clock
+        self._squeezed, self._patience_s, self._waited_s = squeezed, patience_s, 0.0
+        self._events = dict.fromkeys(_EVENTS.split(), 0)
+        self._evictions_before = 0  # in pools that were replaced
+        self._good_steps = 0
+        self._failing = False  # the last step failed
+        self._mail: SimpleQueue[Row | str | None] = SimpleQueue()  # a row: queue it, or drop it if cancelled
+        self._closed = False
+        self._lock = threading.Lock()  # between `_closed` and the mail
+        self._thread = threading.Thread(target=self._run, name="berth-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def events(self) -> dict[str, int]:
+        """How often what happened, since the start."""
+        evictions = self._evictions_before + self.scheduler.pages.stats.evictions
+        return self._events | {"preemptions": self.scheduler.preemptions, "evictions": evictions}
+
+    def submit(self, request: Request) -> Future[Generation]:
+        """Queue a request.
+
+        The future fails with ContextOverflow (prompt and `max_tokens` exceed the whole pool, or the prompt leaves no
+        room under `max_model_len`), OutOfMemory, Cancelled, EngineDead, or EngineError (a malformed request, a matcher
+        that raises, a step that fails with this row alone). A second request of a sequence waits for the first.
+        """
+        row = Row(request, Future(), self._clock(), list(request.token_ids))
+        error = self._refusal(request)
+        if error is None:
+            with self._lock:
+                if self._closed:
+                    error = EngineDead("the engine is closed" if not self.dead else "the engine is dead")
+                else:
+                    self._mail.put(row)
+        if error is not None:
+            row.future.set_exception(error)
+        else:
+            row.future.add_done_callback(lambda future: self._mail.put(row) if future.cancelled() else None)
+        return row.future
+
+    def end(self, sequence_id: str) -> None:
+        """See `protocol.Engine.end`; takes effect before the next step."""
+        self._mail.put(sequence_id)
+
+    def capacity(self) -> Capacity:
+        """See `protocol.Engine.capacity`. Read while the engine runs: each number is right, their sum may be off."""
+        scheduler, stats = self.scheduler, self.scheduler.pages.stats
+        return Capacity(
+            max_model_len=scheduler.max_model_len,
+            max_batch=scheduler.max_batch,
+            kv_bytes_token=self._kv_bytes_token,
+            pages_total=stats.total,
+            pages_free=stats.free,
+            pages_cached=stats.cached,
+            page_tokens=self._page_tokens,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + self._mail.qsize(),
+        )
+
+    def shrink(self, max_batch: int) -> None:
+        """See `protocol.Engine.shrink`; never widens what the engine was made with."""
+        prefill, batch = self._limits
+        self._limits = (prefill, max(1, min(batch, max_batch)))
+        self.scheduler.max_batch = min(self.scheduler.max_batch, self._limits[1])
+
+    def close(self) -> None:
+        """Fail what is queued or runs with EngineDead, stop the thread, let go of the runner. Can be repeated."""
+        with self._lock:
+            self._closed = True
+            self._mail.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._runner = None
+
+    def _refusal(self, request: Request) -> EngineError | None:
+        length, limit = len(request.token_ids), self.scheduler.max_model_len
+        if not length or request.max_tokens < 1:
+            return EngineError(f"wants a token and max_tokens ≥ 1, got {length} and {request.max_tokens}")
+        if length >= limit:
+            return ContextOverflow(f"{length} tokens leave no room for an answer: the model's limit is {limit}")
+        needed, pool = self.scheduler.tokens_needed(request), (self._first_pages - 1) * self._page_tokens
+        if needed > pool:
+            return ContextOverflow(f"may need KV of {needed} tokens, the whole pool holds {pool}")
+        return self._outgrown(request)
+
+    def _outgrown(self, request: Request) -> OutOfMemory | None:
+        needed, pool = self.scheduler.tokens_needed(request), self.scheduler.pages.capacity_tokens
+        if needed <= pool:
+            return None
+        return OutOfMemory(f"may need KV of {needed} tokens, the pool was cut to {pool}")
+
+    def _run(self) -> None:
+        error: BaseException = EngineDead("the engine was closed")
+        try:
+            while self._read_mail():
+                work = self.scheduler.plan()
+                if work:
+                    self._step(work)
+        except BaseException as e:
+            log.critical("the engine is dead: %s", e, exc_info=not isinstance(e, EngineDead))
+            error, self.dead = e, True
+        with self._lock:
+            self._closed = True
+        rows = [*self.scheduler.running, *self.scheduler.waiting]
+        while True:
+            try:
+                mail = self._mail.get_nowait()
+            except Empty:
+                break
+            if isinstance(mail, Row):
+                rows.append(mail)
+        text = str(error) if isinstance(error, EngineDead) else f"{type(error).__name__}: {error}"
+        for row in rows:
+            row.fail(EngineDead(text))
+        if self.dead:
+            self._on_dead(error)
+
+    def _read_mail(self) -> bool:
+        """Take in what came; waits where nothing is to be done. False: close."""
+        idle = not (self.scheduler.running or self.scheduler.waiting)
+        while True:
+            try:
+                mail = self._mail.get(block=idle)
+            except Empty:
+                return True
+            idle = False
+            if mail is None:
+                return False
+            if isinstance(mail, str):
+                for row in self.scheduler.end(mail):
+                    row.fail(Cancelled(f"sequence {mail!r} was ended"))
+            elif mail.future.cancelled():
+                self.scheduler.remove(mail)
+                mail.claim()
+            elif error := self._outgrown(mail.request):
+                mail.fail(error)
+            else:
+                self.scheduler.add(mail)
+
+    def _step(self, work: list[Work]) -> None:
+        scheduler, runner = self.scheduler, self._runner
+        assert runner is not None  # `close` lets go of it when the thread has ended
+        started_s = self._clock()
+        for part in work:
+            if part.row.admitted_s is None:
+                part.row.admitted_s = started_s
+        failure: Exception | None = None
+        try:
+            while scheduler.copies:
+                runner.copy_page(*scheduler.copies[0])
+                del scheduler.copies[0]
+            drawn = runner.step([self._row_step(part) for part in work])
+        except Exception as e:
+            # The traceback's frames hold the step's tensors: without it, and outside `except`, they are freed.
+            failure, drawn = e.with_traceback(None), ()
+        if failure is not None:
+            self._recover(work, failure)
+            return
+        now_s = self._clock()
+        total = sum(part.count for part in work)
+        samples = [part.sample for part in work]
+        scheduler.commit(work)
+        for part, sample, result in zip(work, samples, drawn, strict=True):
+            row = part.row
+            row.gpu_s += (now_s - started_s) * part.count / total
+            row.batch_max = max(row.batch_max, len(work))
+            if part.count > 1 or not row.peak_pages or (row.done - 1) % self._page_tokens == 0:  # has new pages
+                row.peak_pages = max(row.peak_pages, scheduler.pages.share(row.sequence_id))
+            if sample and result is not None:
+                self._deliver(row, *result, now_s)
+        self._failing = False
+        self._waited_s = 0.0
+        self._grow()
+
+    def _row_step(self, part: Work) -> RowStep:
+        row, request = part.row, part.row.request
+        ids = row.tokens[row.done : row.done + part.count]
+        table = self.scheduler.pages.table(row.sequence_id)
+        return RowStep(ids, row.done, table, part.sample, request.sampling, request.logprobs)
+
+    def _deliver(self, row: Row, token: int, logprob: float, now_s: float) -> None:
+        request = row.request
+        row.tokens.append(token)
+        if request.logprobs:
+            row.logprobs.append(logprob)
+        if row.first_s is None:
+            row.first_s = now_s
+        try:
+            matched = request.matcher is not None and request.matcher((token,))
+        except Exception as e:
+            self.scheduler.remove(row)
+            row.fail(EngineError(f"the matcher failed: {type(e).__name__}: {e}"), e)
+            return
+        reason: FinishReason
+        if matched or token in request.stop_token_ids:
+            reason = "stop"
+        elif row.generated >= request.max_tokens:
+            reason = "length"
+        elif len(row.tokens) >= self.scheduler.max_model_len:
+            reason = "context"
+        else:
+            return
+        self.scheduler.remove(row)
+        answer = Generation(
+            tuple(row.tokens[len(request.token_ids) :]), reason, self._usage(row, now_s), tuple(row.logprobs)
+        )
+        if row.claim():
+            row.future.set_result(answer)
+
+    def _usage(self, row: Row, now_s: float) -> Usage:
+        admitted_s, first_s = row.admitted_s or now_s, row.first_s or now_s
+        return Usage(
+            prompt_tokens=len(row.request.token_ids),
+            prefilled=row.prefilled,
+            reused=row.reused or 0,
+            generated=row.generated,
+            kv_bytes_peak=round(row.peak_pages * self._kv_bytes_page),
+            batch_max=row.batch_max,
+            preemptions=row.preemptions,
+            queue_s=admitted_s - row.submitted_s,
+            prefill_s=first_s - admitted_s,
+            decode_s=now_s - first_s,
+            gpu_s=row.gpu_s,
+        )
+
+    def _grow(self) -> None:
+        scheduler = self.scheduler
+        scheduler.max_batch = min(scheduler.max_batch, self._limits[1])
+        bounds = (scheduler.max_prefill_tokens, scheduler.max_batch)
+        self._good_steps = 0 if bounds == self._limits else self._good_steps + 1
+        if self._good_steps >= self._grow_after:
+            self._good_steps = 0
+            scheduler.max_prefill_tokens = min(self._limits[0], 2 * bounds[0])
+            scheduler.max_batch = min(self._limits[1], 2 * bounds[1])
+
+    def _recover(self, work: list[Work], error: Exception) -> None:
+        """A step failed: change one thing, so that the next plan is easier; or let its only row go."""
+        oom, scheduler, runner = self._is_oom(error), self.scheduler, self._runner
+        if not oom and _is_fatal(error):
+            raise EngineDead(f"{type(error).__name__}: {error}") from error
+        assert runner is not None
+        row, rows, tokens = work[0].row, len(work), sum(part.count for part in work)
+        prefill = row.left > 1
+        self._good_steps = 0
+        self._events[("oom_prefill" if prefill else "oom_decode") if oom else "errors"] += 1
+        said = f"{type(error).__name__}: {str(error).partition('. ')[0]}"
+        log.warning("a step of %d rows and %d tokens failed: %s", rows, tokens, said)
+        if oom:
+            self._drop_caches()
+            if not self._failing:
+                self._failing = True
+                return
+        if oom and prefill and tokens > self._min_prefill_tokens:
+            scheduler.max_prefill_tokens = max(self._min_prefill_tokens, tokens // 2)
+            self._events["prefill_halved"] += 1
+        elif rows > 1:
+            scheduler.max_batch = rows // 2
+            self._events["batch_halved"] += 1
+        elif oom and self._waited_s < self._patience_s and self._squeezed():
+            self._waited_s += _WAIT_S
+            self._events["waits"] += 1
+            time.sleep(_WAIT_S)
+        elif oom and "graphs" not in row.relieved:
+            row.relieved.add("graphs")
+            runner.drop_graphs()
+            self._events["graph_drops"] += 1
+        elif not (oom and self._cut_pool(runner, row)):
+            self._expel(row, error, oom)
+
+    def _expel(self, row: Row, error: Exception, oom: bool) -> None:
+        self._events["culprits"] += 1
+        self._failing = False
+        self.scheduler.max_prefill_tokens, self.scheduler.max_batch = self._limits
+        self.scheduler.remove(row)
+        text = f"failed alone at the smallest bound: {type(error).__name__}: {error}"
+        row.fail(OutOfMemory(text) if oom else EngineError(text), error)
+
+    def _cut_pool(self, runner: Runner, row: Row) -> bool:
+        """Reallocate the pool smaller, once for `row`; False where that was done or some row would not fit any more."""
+        pages, rows = self.scheduler.pages, (*self.scheduler.running, *self.scheduler.waiting)
+        needed = -(-max(self.scheduler.tokens_needed(row.request) for row in rows) // self._page_tokens) + 1
+        num_pages = max(pages.num_pages * 3 // 4, self._first_pages // 2, needed, 2)
+        if "pool" in row.relieved or num_pages >= pages.num_pages:
+            return False
+        row.relieved.add("pool")
+        self._events["pool_shrinks"] += 1
+        self._evictions_before += pages.stats.evictions
+        while True:
+            failure: Exception | None = None
+            try:
+                runner.resize(num_pages)
+            except Exception as e:
+                failure = e.with_traceback(None)
+            if failure is None:
+                break
+            if not self._is_oom(failure) or num_pages <= needed:
+                raise EngineDead(f"the KV pool could not be allocated again: {failure}") from failure
+            self._drop_caches()
+            num_pages = max(num_pages * 3 // 4, needed)
+        log.warning("the KV pool was cut from %d pages to %d", pages.num_pages, num_pages)
+        self.scheduler.replace_pool(PageAllocator(num_pages, self._page_tokens))
+        return True
+
+    def _is_oom(self, error: BaseException) -> bool:
+        text = str(error)
+        return isinstance(error, self._oom_errors) or "out of memory" in text or "ALLOC_FAILED" in text
+
+
+def _is_fatal(error: Exception) -> bool:
+    """The CUDA context is gone: every later call would fail too."""
+    return isinstance(error, EngineDead) or "CUDA error" in str(error) or "NCCL error" in str(error)

@@ -1,0 +1,174 @@
+"""What any engine must offer. Knows no Ray, no ReAct and no text: token ids in, token ids out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from actors.messages import Generation, Numerics, Sampling
+
+
+class Matcher(Protocol):
+    """Decides when a generation ends. Called with each newly delivered run of token ids, in order, exactly
+    once per token; True ends the generation after these tokens. Must be cheap: it runs on the engine's thread.
+    """
+
+    def __call__(self, new_ids: Sequence[int], /) -> bool:
+        """True: the generation ends after `new_ids`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call: continue `token_ids`.
+
+    Attributes:
+        token_ids: the whole context so far, at least one token.
+        sequence_id: the trajectory. A later request of the same id is usually an extension of this one, and
+            its KV is kept until `end`. One request of a sequence runs at a time.
+        max_tokens: tokens to generate at most, ≥ 1.
+        sampling: greedy by default; noise depends on (seed, position) alone.
+        stop_token_ids: a token that ends the generation; it is included in the answer.
+        matcher: see `Matcher`; must not be shared between requests.
+        logprobs: return the log-probability of each chosen token.
+    """
+
+    token_ids: Sequence[int]
+    sequence_id: str
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_token_ids: frozenset[int] = frozenset()
+    matcher: Matcher | None = None
+    logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What an engine is built from; an engine's factory takes one of these.
+
+    Attributes:
+        model: HF id, folder, .gguf file or `smollm2-135m`.
+        engine: paged, reference or `module:factory`.
+        dtype: auto, float32, bfloat16 or float16.
+        device: a torch device; None takes the GPU where there is one.
+        max_model_len: longest context in tokens; None takes the model's own.
+        max_batch: rows decoded together at most; None lets the engine choose.
+        max_prefill_tokens: tokens a prefill step may take; None lets the engine choose.
+        numerics: fast, or invariant (same row, same tokens, whatever else runs).
+        budget_fraction: share of the device's memory to use.
+        gpu_memory_fraction: torch's per-process cap on the device's memory.
+        kv_dtype: auto is the model's dtype.
+        kv_pages: KV pages; None takes what the budget leaves.
+    """
+
+    model: str
+    engine: str = "paged"
+    revision: str | None = None
+    adapter: str | None = None
+    dtype: str = "auto"
+    quantization: str | None = None
+    trust_remote_code: bool = False
+    device: str | None = None
+    max_model_len: int | None = None
+    max_batch: int | None = None
+    max_prefill_tokens: int | None = None
+    numerics: str = "fast"
+    budget_fraction: float = 0.9
+    gpu_memory_fraction: float | None = None
+    kv_dtype: str = "auto"
+    kv_pages: int | None = None
+    tp: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What an engine holds now.
+
+    Attributes:
+        max_model_len: longest context in tokens, prompt and generation together.
+        max_batch: rows decoded together at most.
+        kv_bytes_token: KV bytes one token takes; 0 for an engine that holds no pages.
+        pages_total, pages_free, pages_cached: KV pages in all, free, and kept for reuse.
+        page_tokens: tokens a page; 0 for an engine that holds no pages.
+        running, waiting: requests now.
+    """
+
+    max_model_len: int
+    max_batch: int
+    kv_bytes_token: int = 0
+    pages_total: int = 0
+    pages_free: int = 0
+    pages_cached: int = 0
+    page_tokens: int = 0
+    running: int = 0
+    waiting: int = 0
+
+
+class Engine(Protocol):
+    """One model. `submit` and `end` may be called from any thread and never block on the GPU."""
+
+    numerics: Numerics
+
+    def submit(self, request: Request) -> Future[Generation]:
+        """Queue a request. The future fails with an `EngineError`; cancelling it cancels the request."""
+        ...
+
+    def end(self, sequence_id: str) -> None:
+        """Free what is kept for a sequence; a running request of it fails with `Cancelled`. Unknown ids are
+        ignored, and so is the call itself by an engine that holds no pages."""
+        ...
+
+    def capacity(self) -> Capacity:
+        """Sizes and occupancy now."""
+        ...
+
+    def shrink(self, max_batch: int) -> None:
+        """Decode at most `max_batch` rows together from the next step on."""
+        ...
+
+    def close(self) -> None:
+        """Fail what is queued with `EngineDead`, stop the thread, free the memory."""
+        ...
+
+
+@dataclass(slots=True)
+class RowStep:
+    """One sequence in one step.
+
+    Attributes:
+        token_ids: the new tokens to compute, at least one; one in decode.
+        start: position of the first of them.
+        pages: page table that covers `start + len(token_ids)` tokens.
+        sample: draw the next token after the last of `token_ids`.
+        sampling: how to draw it.
+        logprobs: return its log-probability.
+    """
+
+    token_ids: Sequence[int]
+    start: int
+    pages: Sequence[int]
+    sample: bool
+    sampling: Sampling
+    logprobs: bool = False
+
+
+class Runner(Protocol):
+    """What the engine needs of a runner. All calls come from the engine's thread; any may run out of memory."""
+
+    def step(self, rows: Sequence[RowStep], /) -> Sequence[tuple[int, float] | None]:
+        """Write the rows' KV; (token id, log-probability) where `sample` is set. Can be repeated."""
+        ...
+
+    def copy_page(self, src: int, dst: int, tokens: int, /) -> None:
+        """Copy the first tokens of a page."""
+        ...
+
+    def drop_graphs(self) -> None:
+        """Free captured graphs."""
+        ...
+
+    def resize(self, num_pages: int, /) -> None:
+        """Free all pages and allocate `num_pages`."""
+        ...

@@ -1,0 +1,458 @@
+"""One step of a transformers model over packed rows and paged KV: forward, logits, next tokens.
+
+A step is packed into `[1, T]`, padding included only where stated below. Where every row computes one token it is a
+decode step, which a CUDA graph replays once `capture` has run; anything else (prefill chunks, mixed with decoding rows
+or not) is one varlen step. Nothing of a step is remembered here: after an out-of-memory error the same step can be run
+again into the same slots.
+
+Knows nothing of scheduling, of who owns a page, of stop tokens or text.
+
+Invariance. fp32 matrix products on CPU change a row's bits with the number of rows: with MKL on one thread for 1 to 3
+rows only, with two threads wherever a thread is left with 1 to 3. Under the reference kernel on CPU a step is therefore
+padded to a multiple of 4 rows a thread, after which no bit of a dense model was seen to depend on the rest of the batch
+or on chunking. That is an observation about one library; `invariant=True` makes it hold by construction: every forward
+has exactly `tile_tokens` tokens, every other one padding, so that all shapes are the same, and experts are computed
+token by token. It is slower, for prefill most of all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.engine.attention import NAME, Kernel, Plan, Row, attending, check_kernel
+from actors.engine.kv import SCRATCH_PAGE, KVCache
+from actors.engine.protocol import RowStep
+from actors.engine.sampling import choose, wrap_seed
+from actors.engine.support import check_class, check_supported
+from actors.messages import Sampling
+
+log = logging.getLogger(__name__)
+
+_TILE_TOKENS = {"cpu": 8, "cuda": 64}
+_NO_LOGPROB = math.nan
+
+
+@dataclass(slots=True)
+class _Span:
+    """Tokens of one row in one forward; `drawn` where the next token is drawn after the last of them."""
+
+    token_ids: Sequence[int]
+    start: int
+    pages: Sequence[int]
+    drawn: bool
+
+
+@dataclass(slots=True)
+class _Packed:
+    """A forward's integers, as int32 views of one buffer [T], [T], [T], [R], [R + 1], [R + 1], [R, P]."""
+
+    ids_T: Any
+    positions_T: Any
+    slots_T: Any
+    lens_R: Any
+    cu_q_R1: Any
+    cu_k_R1: Any
+    table_RP: Any
+
+    @classmethod
+    def over(cls, flat: Any, tokens: int, rows: int, pages: int) -> _Packed:
+        """Cut a flat buffer of `size(tokens, rows, pages)` elements (numpy or torch) into its fields."""
+        ends = np.cumsum([tokens, tokens, tokens, rows, rows + 1, rows + 1]).tolist()
+        ids_T, positions_T, slots_T, lens_R, cu_q_R1, cu_k_R1 = (
+            flat[start:end] for start, end in itertools.pairwise([0, *ends])
+        )
+        table_RP = flat[ends[-1] : ends[-1] + rows * pages].reshape(rows, pages)
+        return cls(ids_T, positions_T, slots_T, lens_R, cu_q_R1, cu_k_R1, table_RP)
+
+    @staticmethod
+    def size(tokens: int, rows: int, pages: int) -> int:
+        """Elements of the flat buffer."""
+        return 3 * tokens + rows + 2 * (rows + 1) + rows * pages
+
+
+@dataclass(slots=True)
+class _Graph:
+    """A captured decode step of a fixed number of rows, and what it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    host: Tensor
+    device: Tensor
+
+
+class Runner:
+    """Runs steps of one model on one device. Not thread-safe.
+
+    Args:
+        model: a transformers causal language model of a supported family, on the device of `kv`; its attention
+            implementation is set to ours.
+        kv: pages; page 0 is scratch and must not stand in any row's table.
+        kernel: see `attention.kernel_for`.
+        max_batch: rows of a decode step at most.
+        max_prefill_tokens: what `profile` assumes where it is not told; `step` does not enforce it.
+        max_model_len: longest sequence in tokens.
+        graphs: let `capture` capture.
+        invariant: same row, same bits, whatever else is in the step and however its prompt was cut. Reference only.
+
+    Raises:
+        UnsupportedModel: the model or its shapes are not done by the engine or the kernel.
+        ValueError: arguments that do not go together.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        kv: KVCache,
+        kernel: Kernel,
+        max_batch: int,
+        max_prefill_tokens: int,
+        max_model_len: int,
+        graphs: bool = True,
+        invariant: bool = False,
+    ):
+        config = model.config
+        check_supported(config)
+        check_class(config, type(model).__name__)
+        check_kernel(kernel, kv, config)
+        if invariant and kernel != "reference":
+            raise ValueError(f"invariant steps need the reference kernel, got {kernel}")
+        if len(kv.shapes) != config.num_hidden_layers:
+            raise ValueError(f"the KV cache has {len(kv.shapes)} layers, the model {config.num_hidden_layers}")
+        self.kv = kv
+        self.kernel: Kernel = kernel
+        self.max_batch = max_batch
+        self.max_prefill_tokens = max_prefill_tokens
+        self.max_model_len = max_model_len
+        self.invariant = invariant
+        self.tile_tokens = _TILE_TOKENS.get(kv.device.type, 64)
+        self._device = kv.device
+        self._max_pages = -(-max_model_len // kv.page_tokens)
+        self._use_graphs = graphs and kernel != "reference" and kv.device.type == "cuda"
+        self._graphs: dict[int, _Graph] = {}
+        self._graph_logits_BV: Tensor | None = None
+        self._graph_ids_B: Tensor | None = None
+        self._model = model.eval()
+        self._body = model.base_model
+        self._lm_head = model.get_output_embeddings()
+        self._final_softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        model.set_attn_implementation(NAME)
+        if kernel == "reference":
+            # TF32 keeps 10 bits of the mantissa; process-wide, as torch has it.
+            torch.set_float32_matmul_precision("highest")
+        if invariant and hasattr(config, "num_experts"):
+            # The default groups tokens by expert: another number of rows in each product, by neighbours.
+            model.set_experts_implementation("batched_mm")
+
+    @property
+    def captured(self) -> tuple[int, ...]:
+        """Batch sizes that a CUDA graph replays, rising; empty where decode runs uncaptured."""
+        return tuple(sorted(self._graphs))
+
+    @torch.no_grad()
+    def step(self, rows: Sequence[RowStep]) -> list[tuple[int, float] | None]:
+        """Compute the rows' new tokens, write their KV, and draw where asked.
+
+        Args:
+            rows: at least one; a sequence appears once.
+
+        Returns:
+            for each row (token id, log-probability under the unmodified distribution), or None where `sample` is
+            False. The log-probability is nan where `logprobs` is False.
+
+        Raises:
+            torch.OutOfMemoryError: nothing is kept of the step; it may be repeated.
+            ValueError: a row without tokens, or a page table that is too short.
+        """
+        for row in rows:
+            if not row.token_ids or len(row.pages) * self.kv.page_tokens < row.start + len(row.token_ids):
+                raise ValueError(
+                    f"a row of {len(row.token_ids)} tokens from {row.start} with {len(row.pages)} pages of "
+                    f"{self.kv.page_tokens} tokens"
+                )
+        decode = all(row.sample and len(row.token_ids) == 1 for row in rows)
+        size = next((size for size in self.captured if size >= len(rows)), None) if decode else None
+        if size is not None:
+            return self._replay(rows, size)
+        drawn = [row for row in rows if row.sample]
+        hidden_BE = self._hidden(rows, decode)
+        if not drawn or hidden_BE is None:
+            return [None] * len(rows)
+        results = iter(self._draw(self._logits(hidden_BE), None, drawn))
+        return [next(results) if row.sample else None for row in rows]
+
+    def copy_page(self, src: int, dst: int, tokens: int | None = None) -> None:
+        """Copy the first `tokens` tokens (by default all) of a page in every layer."""
+        self.kv.copy_page(src, dst, tokens)
+
+    def resize(self, num_pages: int) -> None:
+        """Drop graphs and all KV, then allocate `num_pages` pages, the scratch page included.
+
+        Raises:
+            torch.OutOfMemoryError: they do not fit; the runner can be resized again, and not step until then.
+        """
+        self.drop_graphs()
+        self.kv.resize(num_pages)
+
+    @torch.no_grad()
+    def capture(self) -> None:
+        """Capture decode steps in CUDA graphs by batch size, largest first so that the others fit its memory.
+
+        Does nothing without CUDA, under the reference kernel, or where graphs were not wanted. A failure is logged,
+        and decode goes on uncaptured.
+        """
+        if not self._use_graphs:
+            return
+        self.drop_graphs()
+        try:
+            pool = torch.cuda.graph_pool_handle()
+            for size in sorted(graph_sizes(self.max_batch), reverse=True):
+                self._graphs[size] = self._capture(size, pool)
+        except RuntimeError as e:
+            self.drop_graphs()
+            self._use_graphs = False
+            log.warning("CUDA graphs could not be captured, decode runs without: %s", e)
+
+    def drop_graphs(self) -> None:
+        """Free the CUDA graphs and their memory; decode runs uncaptured until `capture`."""
+        if not self._graphs and self._graph_logits_BV is None:
+            return
+        torch.cuda.synchronize(self._device)
+        self._graphs.clear()
+        self._graph_logits_BV = self._graph_ids_B = None
+        torch.cuda.empty_cache()
+
+    def profile(self, max_prefill_tokens: int | None = None, max_batch: int | None = None) -> int:
+        """Peak bytes of a step above what is allocated now, measured; 0 on CPU, which keeps no count.
+
+        Runs the largest prefill and the largest decode step into the scratch page, with top-p sampling. One page of
+        KV is enough for it.
+
+        Raises:
+            torch.OutOfMemoryError: such a step does not fit.
+        """
+        if self._device.type != "cuda":
+            return 0
+        prefill = self.max_prefill_tokens if max_prefill_tokens is None else max_prefill_tokens
+        batch = self.max_batch if max_batch is None else max_batch
+        sampling = Sampling(temperature=1.0, top_p=0.9, top_k=50)
+        scratch = [SCRATCH_PAGE] * self._max_pages
+        torch.cuda.synchronize(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        lengths = [min(self.max_model_len, prefill - at) for at in range(0, prefill, self.max_model_len)]
+        self.step([RowStep([0] * length, 0, scratch, True, sampling, True) for length in lengths])
+        self.step([RowStep([0], self.max_model_len - 1, scratch, True, sampling, True) for _ in range(batch)])
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.max_memory_allocated(self._device) - before
+
+    def _hidden(self, rows: Sequence[RowStep], decode: bool) -> Tensor | None:
+        """Last hidden states [B, E] of the rows that draw, in order; None where none does."""
+        spans = [_Span(row.token_ids, row.start, row.pages, row.sample) for row in rows]
+        if not self.invariant:
+            return self._forward(spans, decode, self._padded(sum(len(span.token_ids) for span in spans)))
+        parts = [self._forward(tile, False, self.tile_tokens) for tile in _tiles(spans, self.tile_tokens)]
+        kept = [part for part in parts if part is not None]
+        return torch.cat(kept) if kept else None
+
+    def _padded(self, rows: int) -> int:
+        if self.kernel != "reference" or self._device.type != "cpu":
+            return rows
+        multiple = 4 * torch.get_num_threads()
+        return -(-rows // multiple) * multiple
+
+    def _forward(self, spans: Sequence[_Span], decode: bool, tokens: int) -> Tensor | None:
+        """One forward of exactly `tokens` tokens, padded on the scratch page; hidden states [B, E] or None."""
+        real = list(spans)
+        padding = tokens - sum(len(span.token_ids) for span in real)
+        if padding:
+            # Several rows of one page at most; padding attends to nothing under the reference.
+            size = min(self.kv.page_tokens, 1 if decode else padding)
+            spans = real + [
+                _Span([0] * min(size, padding - at), 0, [SCRATCH_PAGE], False) for at in range(0, padding, size)
+            ]
+        width = max(-(-(span.start + len(span.token_ids)) // self.kv.page_tokens) for span in spans)
+        flat = torch.empty(
+            _Packed.size(tokens, len(spans), width), dtype=torch.int32, pin_memory=self._device.type == "cuda"
+        )
+        host = _Packed.over(flat.numpy(), tokens, len(spans), width)
+        _fill(host, spans, self.kv.page_tokens)
+        packed = _Packed.over(flat.to(self._device, non_blocking=True), tokens, len(spans), width)
+        at = cast(list[int], host.cu_q_R1.tolist())
+        plan = self._plan(packed, max(len(span.token_ids) for span in spans), int(host.lens_R.max()), decode)
+        plan.rows = [Row(at[r], span.start, len(span.token_ids), span.pages) for r, span in enumerate(real)]
+        last = [at[r + 1] - 1 for r, span in enumerate(real) if span.drawn]
+        last_B = torch.tensor(last, dtype=torch.int64).to(self._device)
+        with attending(plan):
+            hidden_TE = self._body_forward(packed)
+        return hidden_TE[last_B] if last else None
+
+    def _plan(self, packed: _Packed, max_q: int, max_k: int, decode: bool) -> Plan:
+        return Plan(
+            kv=self.kv,
+            kernel=self.kernel,
+            slots_T=packed.slots_T.long(),
+            cu_q_R1=packed.cu_q_R1,
+            cu_k_R1=packed.cu_k_R1,
+            lens_R=packed.lens_R,
+            table_RP=packed.table_RP,
+            max_q=max_q,
+            max_k=max_k,
+            decode=decode,
+        )
+
+    def _body_forward(self, packed: _Packed) -> Tensor:
+        output = self._body(
+            input_ids=packed.ids_T.long()[None], position_ids=packed.positions_T.long()[None], use_cache=False
+        )
+        return output.last_hidden_state[0]
+
+    def _logits(self, hidden_BE: Tensor) -> Tensor:
+        """Logits [B, V], capped where the model caps them."""
+        if self._device.type == "cuda" and not self.invariant:
+            return self._head(hidden_BE)
+        rows = hidden_BE.shape[0]
+        tile = self.tile_tokens if self.invariant else self._padded(rows)
+        short = -rows % tile
+        padded_BE = torch.cat([hidden_BE, hidden_BE.new_zeros(short, hidden_BE.shape[1])]) if short else hidden_BE
+        tiles = [self._head(padded_BE[at : at + tile]) for at in range(0, rows, tile)]
+        return (tiles[0] if len(tiles) == 1 else torch.cat(tiles))[:rows]
+
+    def _head(self, hidden_BE: Tensor) -> Tensor:
+        logits_BV = self._lm_head(hidden_BE)
+        if self._final_softcap is not None:
+            logits_BV = torch.tanh(logits_BV / self._final_softcap) * self._final_softcap
+        return logits_BV
+
+    def _draw(self, logits_BV: Tensor, ids_B: Tensor | None, rows: Sequence[RowStep]) -> list[tuple[int, float]]:
+        """Next tokens of `rows`; `ids_B` are the most likely ones where they are known already."""
+        logprobs = any(row.logprobs for row in rows)
+        samplings = [row.sampling for row in rows]
+        if ids_B is None or logprobs or any(sampling.temperature > 0 for sampling in samplings):
+            ids_B, logprobs_B = choose(logits_BV, *self._sampling_tensors(rows, logits_BV.shape[1]), logprobs=logprobs)
+        else:
+            logprobs_B = None
+        ids = ids_B.tolist()
+        if logprobs_B is None:
+            return [(token, _NO_LOGPROB) for token in ids]
+        values = logprobs_B.tolist()
+        return [
+            (token, value if row.logprobs else _NO_LOGPROB) for token, value, row in zip(ids, values, rows, strict=True)
+        ]
+
+    def _sampling_tensors(
+        self, rows: Sequence[RowStep], vocabulary: int
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        samplings = [row.sampling for row in rows]
+        hot = [sampling for sampling in samplings if sampling.temperature > 0]
+
+        def tensor(values: list[Any], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)
+
+        seeds_B = tensor([wrap_seed(sampling.seed) for sampling in samplings], torch.int64)
+        positions_B = tensor([row.start + len(row.token_ids) for row in rows], torch.int64)
+        if not hot:
+            return seeds_B, positions_B, None, None, None
+        temperature_B = tensor([sampling.temperature for sampling in samplings], torch.float32)
+        top_p_B = top_k_B = None
+        if any(sampling.top_p < 1 for sampling in hot):
+            top_p_B = tensor([sampling.top_p for sampling in samplings], torch.float32)
+        if any(sampling.top_k is not None for sampling in hot):
+            top_k_B = tensor([sampling.top_k or vocabulary for sampling in samplings], torch.int64)
+        return seeds_B, positions_B, temperature_B, top_p_B, top_k_B
+
+    def _replay(self, rows: Sequence[RowStep], size: int) -> list[tuple[int, float] | None]:
+        graph = self._graphs[size]
+        spans = [_Span(row.token_ids, row.start, row.pages, True) for row in rows]
+        spans += [_Span([0], 0, [SCRATCH_PAGE], False)] * (size - len(rows))
+        _fill(_Packed.over(graph.host.numpy(), size, size, self._max_pages), spans, self.kv.page_tokens)
+        graph.device.copy_(graph.host, non_blocking=True)
+        graph.graph.replay()
+        if self._graph_logits_BV is None or self._graph_ids_B is None:
+            raise RuntimeError("a graph outlived its outputs")
+        return list(self._draw(self._graph_logits_BV[: len(rows)], self._graph_ids_B[: len(rows)], rows))
+
+    def _capture(self, size: int, pool: Any) -> _Graph:
+        elements = _Packed.size(size, size, self._max_pages)
+        host = torch.zeros(elements, dtype=torch.int32, pin_memory=True)
+        _fill(
+            _Packed.over(host.numpy(), size, size, self._max_pages),
+            [_Span([0], 0, [SCRATCH_PAGE], False)] * size,
+            self.kv.page_tokens,
+        )
+        device = host.to(self._device)
+        packed = _Packed.over(device, size, size, self._max_pages)
+
+        def decode() -> tuple[Tensor, Tensor]:
+            with attending(self._plan(packed, 1, self.max_model_len, True)):
+                logits_BV = self._head(self._body_forward(packed))
+            return logits_BV, logits_BV.argmax(-1)
+
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            # Libraries allocate their workspaces in a first run, which a graph could not hold.
+            logits_BV, ids_B = decode()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        if self._graph_logits_BV is None or self._graph_ids_B is None:
+            # One buffer that all sizes write, instead of one output a graph.
+            self._graph_logits_BV, self._graph_ids_B = torch.empty_like(logits_BV), torch.empty_like(ids_B)
+        del logits_BV, ids_B
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of the process may use CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            logits_BV, ids_B = decode()
+            self._graph_logits_BV[:size].copy_(logits_BV)
+            self._graph_ids_B[:size].copy_(ids_B)
+        return _Graph(graph, host, device)
+
+
+def graph_sizes(max_batch: int) -> list[int]:
+    """Batch sizes to capture, rising: dense where a padded row costs most, and `max_batch` itself."""
+    sizes = {1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, max_batch + 1, 32)}
+    return sorted({size for size in sizes if size < max_batch} | {max_batch})
+
+
+def _fill(host: _Packed, spans: Sequence[_Span], page_tokens: int) -> None:
+    """Write the spans' ids, positions, slots, lengths and page tables into numpy views."""
+    counts = np.fromiter((len(span.token_ids) for span in spans), np.int32, len(spans))
+    starts = np.fromiter((span.start for span in spans), np.int32, len(spans))
+    host.ids_T[:] = np.fromiter(
+        itertools.chain.from_iterable(span.token_ids for span in spans), np.int32, len(host.ids_T)
+    )
+    np.add(starts, counts, out=host.lens_R)
+    host.cu_q_R1[0] = host.cu_k_R1[0] = 0
+    np.cumsum(counts, out=host.cu_q_R1[1:])
+    np.cumsum(host.lens_R, out=host.cu_k_R1[1:])
+    host.table_RP[:] = SCRATCH_PAGE
+    for r, span in enumerate(spans):
+        used = -(-(span.start + len(span.token_ids)) // page_tokens)
+        host.table_RP[r, :used] = span.pages[:used]
+    row_T = np.repeat(np.arange(len(spans)), counts)
+    host.positions_T[:] = np.arange(len(host.ids_T)) - (host.cu_q_R1[:-1] - starts)[row_T]
+    page_T, offset_T = np.divmod(host.positions_T, page_tokens)
+    host.slots_T[:] = host.table_RP[row_T, page_T] * page_tokens + offset_T
+
+
+def _tiles(spans: Sequence[_Span], tokens: int) -> list[list[_Span]]:
+    """Cut spans into tiles of at most `tokens` tokens, in order; the last piece of a span draws."""
+    tiles: list[list[_Span]] = [[]]
+    room = tokens
+    for span in spans:
+        at = 0
+        while at < len(span.token_ids):
+            if not room:
+                tiles.append([])
+                room = tokens
+            ids = span.token_ids[at : at + room]
+            end = at + len(ids)
+            tiles[-1].append(_Span(ids, span.start + at, span.pages, span.drawn and end == len(span.token_ids)))
+            at, room = end, room - len(ids)
+    return tiles

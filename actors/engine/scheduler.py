@@ -1,0 +1,219 @@
+"""Which rows run, what they compute next, and in which pages: decisions only, no thread, no clock, no device.
+
+Rows join and leave between steps (iteration-level scheduling: Orca, Yu et al. 2022, §3.1); prompts are computed in
+chunks (Sarathi, Agrawal et al. 2023) and, unlike there, in steps that alternate with decode steps, so that a decode
+step keeps one shape and can be replayed as a CUDA graph. Preemption recomputes (PagedAttention, Kwon et al. 2023,
+§4.5), mostly from pages that are still cached.
+
+Knows nothing of tensors, models, text, ReAct or Ray.
+"""
+
+from __future__ import annotations
+
+from bisect import insort_left, insort_right
+from collections.abc import Hashable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from itertools import count
+
+from actors.engine.pages import PageAllocator
+from actors.engine.protocol import Request
+from actors.errors import EngineError
+from actors.messages import Generation
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """A request on its way. `tokens` is the context so far, generated tokens included; `done` of them have KV."""
+
+    request: Request
+    future: Future[Generation]
+    submitted_s: float
+    tokens: list[int]
+    age: int = 0  # of its sequence: smaller is older
+    done: int = 0
+    computed: int = 0  # the most that `done` ever was
+    prefilled: int = 0
+    reused: int | None = None
+    peak_pages: float = 0.0
+    batch_max: int = 0
+    preemptions: int = 0
+    gpu_s: float = 0.0
+    admitted_s: float | None = None
+    first_s: float | None = None
+    logprobs: list[float] = field(default_factory=list)
+    relieved: set[str] = field(default_factory=set)  # what was given up for its sake, once each
+    over: bool = False
+
+    @property
+    def sequence_id(self) -> str:
+        """The trajectory."""
+        return self.request.sequence_id
+
+    @property
+    def left(self) -> int:
+        """Tokens to compute before the next one can be drawn, ≥ 1."""
+        return len(self.tokens) - self.done
+
+    @property
+    def generated(self) -> int:
+        """Tokens drawn so far."""
+        return len(self.tokens) - len(self.request.token_ids)
+
+    def claim(self) -> bool:
+        """The right to set the future, once; False where it was cancelled (whoever waits is told)."""
+        first, self.over = not self.over, True
+        return first and self.future.set_running_or_notify_cancel()
+
+    def fail(self, error: EngineError, cause: BaseException | None = None) -> None:
+        """The row leaves with an error."""
+        error.__cause__ = cause
+        if self.claim():
+            self.future.set_exception(error)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One row's part of a step: its next `count` tokens."""
+
+    row: Row
+    count: int
+
+    @property
+    def sample(self) -> bool:
+        """The row's context is complete after this."""
+        return self.count == self.row.left
+
+
+class Scheduler:
+    """Who runs, what they compute next, and in which pages. Decisions only; the same calls decide the same.
+
+    Age is that of the sequence: the follow-up of an old trajectory goes before the first call of a new one, so that
+    what is cached is used before it is evicted. The oldest running row always advances: where pages are short the
+    youngest is preempted, and any row that `check` lets in fits alone.
+
+    Args:
+        pages: the page allocator.
+        policy: KV policy of all its pages.
+        max_batch: rows that run together, in whatever phase.
+        max_prefill_tokens: tokens of a prefill step.
+        max_model_len: longest context in tokens.
+    """
+
+    def __init__(
+        self,
+        pages: PageAllocator,
+        *,
+        max_batch: int,
+        max_prefill_tokens: int,
+        max_model_len: int,
+        policy: Hashable = None,
+    ):
+        self.pages, self.policy = pages, policy
+        self.max_batch, self.max_prefill_tokens = max_batch, max_prefill_tokens
+        self.max_model_len = max_model_len
+        self.running: list[Row] = []  # oldest first, as is `waiting`
+        self.waiting: list[Row] = []
+        self.copies: list[tuple[int, int, int]] = []  # to be done in order before the next step writes
+        self.preemptions = 0
+        self._ages: dict[str, int] = {}
+        self._next_age = count()
+        self._prefilled_last = False
+
+    def tokens_needed(self, request: Request) -> int:
+        """Most tokens of KV that a request can come to need; its last token's KV is never written."""
+        return min(len(request.token_ids) + request.max_tokens, self.max_model_len) - 1
+
+    def add(self, row: Row) -> None:
+        """Queue a row."""
+        row.age = self._ages.setdefault(row.sequence_id, next(self._next_age))
+        insort_right(self.waiting, row, key=lambda row: row.age)
+
+    def remove(self, row: Row) -> None:
+        """A row is over: what it has written stays cached for its sequence. Unknown rows are ignored."""
+        if row in self.running:
+            self.running.remove(row)
+            self.pages.pause(row.sequence_id)
+        elif row in self.waiting:
+            self.waiting.remove(row)
+
+    def end(self, sequence_id: str) -> list[Row]:
+        """Forget a sequence; returns the rows of it that were queued or running."""
+        rows = [row for row in (*self.running, *self.waiting) if row.sequence_id == sequence_id]
+        for row in rows:
+            self.remove(row)
+        self.pages.end(sequence_id)
+        self._ages.pop(sequence_id, None)
+        return rows
+
+    def plan(self) -> list[Work]:
+        """The next step. Asked again without a `commit` between (the step failed), it plans under today's bounds."""
+        preemptions = self.preemptions
+        while len(self.running) > self.max_batch:
+            self._preempt(self.running[-1])
+        ready = 0
+        while ready < len(self.running):
+            row = self.running[ready]
+            if row.left > 1 or self.pages.extend(row.sequence_id, 1):
+                ready += 1
+            else:
+                self._preempt(self.running[-1])
+        if preemptions == self.preemptions:
+            self._admit()
+        prefill = [row for row in self.running if row.left > 1]
+        decode = [row for row in self.running if row.left == 1]
+        if decode and (self._prefilled_last or not prefill):
+            return [Work(row, 1) for row in decode]
+        work: list[Work] = []
+        budget = self.max_prefill_tokens
+        for row in prefill:
+            if budget:
+                work.append(Work(row, min(row.left, budget)))
+                budget -= work[-1].count
+        return work
+
+    def commit(self, work: Iterable[Work]) -> None:
+        """The step's KV is written. Call it before drawn tokens are appended to the rows."""
+        for part in work:
+            row, end = part.row, part.row.done + part.count
+            self._prefilled_last = row.left > 1
+            self.pages.commit(row.sequence_id, row.tokens[row.done : end])
+            # Prompt tokens, and generated ones that are computed again.
+            row.prefilled += max(0, min(end, max(len(row.request.token_ids), row.computed)) - row.done)
+            row.done, row.computed = end, max(end, row.computed)
+
+    def replace_pool(self, pages: PageAllocator) -> None:
+        """All KV is lost: every running row is preempted and starts again in the new pool."""
+        while self.running:
+            self._preempt(self.running[-1])
+        self.pages = pages
+        self.copies.clear()
+
+    def _preempt(self, row: Row) -> None:
+        self.running.remove(row)
+        self.pages.pause(row.sequence_id)
+        self.preemptions += 1
+        row.preemptions += 1
+        insort_left(self.waiting, row, key=lambda row: row.age)
+
+    def _admit(self) -> None:
+        """Let waiting rows in, oldest first; none overtakes one that is short of pages.
+
+        A row whose next page is just being computed by another is passed over for now, so that a burst of rows with
+        one few-shot prompt computes it once. Looking no further than the free slots bounds the host time.
+        """
+        active = {row.sequence_id for row in self.running}
+        for row in self.waiting[: max(0, self.max_batch - len(self.running))]:
+            if row.sequence_id in active or self.pages.promised(row.tokens, self.policy):
+                continue
+            # Room to grow for those that run, or the newcomer would soon be preempted again.
+            leave = min(len(self.running), self.pages.num_pages // 64)
+            admission = self.pages.admit(row.sequence_id, row.tokens, self.policy, leave=leave)
+            if admission is None:
+                return
+            self.waiting.remove(row)
+            insort_right(self.running, row, key=lambda row: row.age)
+            active.add(row.sequence_id)
+            row.done = admission.reused_tokens
+            row.reused = row.done if row.reused is None else row.reused
+            self.copies += admission.copies

@@ -1,0 +1,98 @@
+"""Does an attention kernel compute what it should, on this device, for this model's shapes? Asked once at start.
+
+A build of flash-attn that was compiled for some head dimensions only returns noise for the others, and says nothing
+(seen: head dimension 256 on a build for 64 and 128). A wrong score would be all that a user ever saw of it.
+Knows no model weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.engine.attention import KERNELS, Kernel, Plan, Row
+from actors.engine.kv import KVCache
+from actors.engine.support import window_of
+from actors.errors import UnsupportedModel
+
+MAX_ERROR = 0.03
+"""‖out − reference‖ / ‖reference‖; bf16 and fp16 stay below 0.01."""
+LENGTHS = (300, 20, 1)
+
+
+def check_numbers(kernel: Kernel, kv: KVCache, config: Any) -> None:
+    """Compare `kernel` with the reference on random numbers: a prefill and a decode step of three rows.
+
+    Raises:
+        UnsupportedModel: they differ.
+    """
+    if kernel in ("reference", "sdpa"):
+        return
+    scale = getattr(config, "query_pre_attn_scalar", None)
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    for heads, head_dim in set(kv.shapes):
+        for window in {None, window_of(config)}:
+            for decode in (False, True):
+                error = _error(kernel, kv, config.num_attention_heads, heads, head_dim, window, softcap, scale, decode)
+                if not error < MAX_ERROR:
+                    raise UnsupportedModel(
+                        f"{kernel} computes something else than attention for this model's shapes (error {error:.2g})",
+                        field="head_dim",
+                        got=head_dim,
+                        wants="a flash-attn built for it, or engine: reference",
+                    )
+
+
+def _error(
+    kernel: Kernel,
+    like: KVCache,
+    q_heads: int,
+    heads: int,
+    head_dim: int,
+    window: int | None,
+    softcap: float | None,
+    scalar: float | None,
+    decode: bool,
+) -> float:
+    pages_row = -(-max(LENGTHS) // like.page_tokens)
+    kv = KVCache([(heads, head_dim)], 1 + pages_row * len(LENGTHS), like.page_tokens, like.dtype, like.device)
+    noise = torch.Generator(like.device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=noise, device=like.device, dtype=torch.float32).to(like.dtype)
+
+    kv.k[0].copy_(draw(*kv.k[0].shape))
+    kv.v[0].copy_(draw(*kv.v[0].shape))
+    new = (1,) * len(LENGTHS) if decode else LENGTHS
+    tables = [[1 + row * pages_row + page for page in range(pages_row)] for row in range(len(LENGTHS))]
+
+    def ints(values: Any) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=like.device)
+
+    def sums(values: Sequence[int]) -> Tensor:
+        return ints([0, *accumulate(values)])
+
+    rows = [Row(sum(new[:at]), length - new[at], new[at], tables[at]) for at, length in enumerate(LENGTHS)]
+    plan = Plan(
+        kv=kv,
+        kernel=kernel,
+        slots_T=torch.zeros(0, dtype=torch.int64, device=like.device),
+        cu_q_R1=sums(new),
+        cu_k_R1=sums(LENGTHS),
+        lens_R=ints(LENGTHS),
+        table_RP=ints(tables),
+        max_q=max(new),
+        max_k=max(LENGTHS),
+        decode=decode,
+        rows=rows,
+    )
+    q_THD = draw(sum(new), q_heads, head_dim) * 16  # scores large enough that a soft cap shows
+    scale = (scalar or head_dim) ** -0.5
+    got, wanted = (
+        KERNELS[one](plan, q_THD, kv.k[0], kv.v[0], scale, window, softcap).float() for one in (kernel, "reference")
+    )
+    return float((got - wanted).norm() / wanted.norm())

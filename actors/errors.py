@@ -1,0 +1,105 @@
+"""Every error that Berth raises on purpose, named by the boundary it crosses.
+
+    BerthError
+    ├── InputError            the user's config, suite, data, tool or folder: exit 2
+    │   ├── UnsupportedModel  an architecture or attention argument that the engine does not do
+    │   ├── ModelUnavailable  missing, gated, weightless or unreadable model
+    │   └── RunConflict       the run folder is locked, or holds another run
+    ├── Incomplete            the run stopped in good order and can be resumed: exit 3
+    ├── EngineError           one request, or the engine itself
+    │   ├── ContextOverflow   the request alone exceeds the context or the whole KV pool
+    │   ├── OutOfMemory       fails alone at the smallest bound
+    │   ├── Cancelled         the sequence was ended while the request ran
+    │   └── EngineDead        the engine cannot go on; its replica must be replaced
+    └── ToolError             a tool's failure: an observation for the model
+        ├── ToolTimeout       ran past its limit
+        └── ToolCrash         a bug in the tool or its process: recorded as infrastructure
+
+Knows nothing of the rest of the project.
+"""
+
+from __future__ import annotations
+
+
+class BerthError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class InputError(BerthError):
+    """Something the user wrote cannot be used; `str()` is the whole message for them.
+
+    Args:
+        what: what is wrong, in a sentence.
+        file: file (and line) it stands in.
+        field: dotted field name.
+        got: the offending value, shortened.
+        wants: what would be accepted.
+    """
+
+    def __init__(
+        self, what: str, *, file: str | None = None, field: str | None = None, got: object = None, wants: str = ""
+    ):
+        place = ": ".join(str(part) for part in (file, field) if part)
+        text = f"{place}: {what}" if place else what
+        if got is not None:
+            shown = repr(got)
+            text += f" (got {shown if len(shown) <= 120 else shown[:117] + '...'})"
+        if wants:
+            text += f"; wants {wants}"
+        super().__init__(text)
+        self.message = text
+
+    def __reduce__(self):
+        return (_rebuild, (type(self), self.message))
+
+
+def _rebuild(kind: type[InputError], message: str) -> InputError:
+    return kind(message)
+
+
+class UnsupportedModel(InputError):
+    """The engine refuses this architecture by name rather than compute something else."""
+
+
+class ModelUnavailable(InputError):
+    """The model is missing, gated, has no weights, or cannot be read."""
+
+
+class RunConflict(InputError):
+    """The run folder is in use, or holds a run of another config."""
+
+
+class Incomplete(BerthError):
+    """The run stopped in good order before its end; the same command resumes it."""
+
+
+class EngineError(BerthError):
+    """One request failed in the engine; other requests are unaffected."""
+
+
+class ContextOverflow(EngineError):
+    """The request alone needs more context or KV pages than the engine has."""
+
+
+class OutOfMemory(EngineError):
+    """The request failed alone at the smallest bound."""
+
+
+class Cancelled(EngineError):
+    """The request's sequence was ended while it was queued or running."""
+
+
+class EngineDead(EngineError):
+    """The engine cannot continue (dead CUDA context, lost rank)."""
+
+
+class ToolError(BerthError):
+    """A tool refused or failed; its text becomes the observation."""
+
+
+class ToolTimeout(ToolError):
+    """A tool ran past its `timeout_s`."""
+
+
+class ToolCrash(ToolError):
+    """A tool broke in a way that is not the model's doing."""

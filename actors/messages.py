@@ -1,0 +1,245 @@
+"""What crosses processes: tasks, generations, steps, trajectories. Frozen, plain data.
+
+Knows nothing of Ray, engines, formats or storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "stage", "length", "context"]
+StopReason = Literal["finish", "step_limit", "token_limit", "context_limit", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One sample of one question.
+
+    Attributes:
+        task_id: id of the question, unique in the suite.
+        sample: 0-based index among the samples of this question.
+        question: the question's text.
+        gold: accepted answers.
+        metadata: the suite's metadata fields, as strings.
+        row: the whole data row, for tools and the prompt template.
+        seed: sampling seed of this row, derived from the run's seed and the row id.
+    """
+
+    task_id: str
+    sample: int
+    question: str
+    gold: tuple[str, ...]
+    metadata: Mapping[str, str]
+    row: Mapping[str, Any]
+    seed: int
+
+    @property
+    def row_id(self) -> str:
+        """Unique id of the result row: `task_id/sample`."""
+        return f"{self.task_id}/{self.sample}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: 0 takes the most likely token.
+        top_p: smallest set of tokens whose probability reaches this; 1.0 keeps all.
+        top_k: the k most likely tokens; None keeps all.
+        seed: with the token's position in the sequence the only source of noise (a counter).
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One part of a turn with its own token limit.
+
+    Attributes:
+        name: thought, action, answer or reasoning.
+        max_tokens: tokens the stage may generate; the turn ends there with reason `stage`.
+        ends: regular expression whose first match in the stage's text ends the stage and starts the next.
+    """
+
+    name: str
+    max_tokens: int
+    ends: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """When a generation ends, in text; the replica turns it into the engine's matcher.
+
+    Attributes:
+        stages: in order; the last one's end (match or limit) ends the turn.
+        stop: regular expressions; any match ends the turn.
+    """
+
+    stages: tuple[Stage, ...]
+    stop: tuple[str, ...] = ()
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens the whole turn may generate."""
+        return sum(stage.max_tokens for stage in self.stages)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one call cost.
+
+    Attributes:
+        prompt_tokens: tokens in the request.
+        prefilled: of them computed in this call, re-prefill after a preemption included.
+        reused: of them found in the KV cache at first admission.
+        generated: tokens generated.
+        kv_bytes_peak: this sequence's own KV bytes at peak: its unique pages and its share of shared ones.
+        batch_max: largest number of rows computed together with this one in a step.
+        preemptions: times the row was set back.
+        queue_s: seconds waiting for admission.
+        prefill_s: seconds from admission to the first token.
+        decode_s: seconds from the first token to the last.
+        gpu_s: the row's share of the engine's busy seconds.
+    """
+
+    prompt_tokens: int = 0
+    prefilled: int = 0
+    reused: int = 0
+    generated: int = 0
+    kv_bytes_peak: int = 0
+    batch_max: int = 0
+    preemptions: int = 0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    gpu_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What the engine answers.
+
+    Attributes:
+        token_ids: the generated tokens, the stop token (if any) included.
+        finish_reason: stop (a stop token or the matcher), length (max_tokens), context (model limit).
+            The replica says `stage` where a stage's own limit ended the turn.
+        usage: what it cost.
+        logprobs: log-probability of each chosen token under the unmodified distribution.
+    """
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a trajectory to its replica.
+
+    Attributes:
+        row_id: the trajectory; also the engine's sequence id.
+        token_ids: the whole transcript so far.
+        turn: when the answer ends.
+        sampling: how tokens are drawn.
+    """
+
+    row_id: str
+    token_ids: Sequence[int]
+    turn: Turn
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A replica's answer to a call.
+
+    Attributes:
+        replica: id of the replica that served it.
+        numerics: under which it computed.
+    """
+
+    generation: Generation
+    replica: str
+    numerics: Numerics
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """Under which numerics a replica computes; stands on every row it serves.
+
+    Attributes:
+        reproducible: the same row gives the same tokens whatever runs beside it.
+    """
+
+    engine: str
+    kernel: str
+    dtype: str
+    kv_dtype: str
+    weights_dtype: str
+    tp: int
+    model_revision: str
+    reproducible: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One Thought, Action, Observation; times in seconds, sizes in tokens.
+
+    Attributes:
+        thought: the model's thought (or reasoning), as written.
+        action: the action as the model wrote it; empty if none was found.
+        tool: name of the tool that was called; None where nothing was.
+        arguments: JSON object of the call's arguments; None where nothing was called.
+        observation: what the model was shown.
+        tokens: tokens generated in the step.
+        seconds: from the call to the observation.
+        prefilled, reused: the step's prompt tokens that were computed, and found in the cache.
+    """
+
+    thought: str
+    action: str
+    tool: str | None
+    arguments: str | None
+    observation: str
+    tokens: int
+    seconds: float
+    prefilled: int
+    reused: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """A finished rollout of one task, before scoring.
+
+    Attributes:
+        answer: the final answer, stripped; None where none was given.
+        raw_answer: the text it was taken from.
+        error_type: model, tool or infra; None without an error.
+        forced_finish: the step limit was reached and the answer was asked for.
+        parse_errors: slips in the model's format that were forgiven or pointed out.
+    """
+
+    task: Task
+    steps: tuple[Step, ...]
+    answer: str | None
+    raw_answer: str | None
+    stop_reason: StopReason
+    forced_finish: bool = False
+    parse_errors: int = 0
+    error: str | None = None
+    error_type: Literal["model", "tool", "infra"] | None = None
+    tool_calls: int = 0
+    tool_errors: int = 0
+    prompt_tokens: int = 0
+    usage: Usage = field(default_factory=Usage)
+    tool_s: float = 0.0
+    attempts: int = 1
+    numerics: Numerics | None = None

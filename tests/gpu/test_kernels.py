@@ -1,0 +1,289 @@
+"""On a GPU: kernels against the fp32 reference, graphs against uncaptured steps, noise against the CPU's.
+
+Half precision is checked by logit error, relative to the spread of the logits: bf16 keeps 8 bits and fp16 11, and both
+runs round the same linear layers, so what differs is attention and the order of its sums.
+"""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from actors.engine import attention
+from actors.engine.kv import KVCache, kv_shapes
+from actors.engine.protocol import RowStep
+from actors.engine.runner import Runner
+from actors.engine.sampling import choose, gumbel, noise_bits
+from actors.engine.selfcheck import check_numbers
+from actors.errors import UnsupportedModel
+from actors.messages import Sampling
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+PAGE = 256
+PROMPT = 700
+WINDOW = 150
+MAX_LEN = 1024
+SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.1,
+}
+HEADS = {**SHAPE, "head_dim": 64}
+CAPS = {"query_pre_attn_scalar": 80, "sliding_window": WINDOW}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**HEADS),
+    "qwen2": lambda: Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
+    "qwen3": lambda: Qwen3Config(**{**HEADS, "head_dim": 128}),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **HEADS, moe_intermediate_size=128, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True
+    ),
+    "mistral": lambda: MistralConfig(**HEADS, sliding_window=WINDOW),
+    "gemma": lambda: GemmaConfig(**{**HEADS, "head_dim": 256}),
+    "gemma2": lambda: Gemma2Config(**HEADS, **CAPS, attn_logit_softcapping=5.0, final_logit_softcapping=8.0),
+    "gemma3": lambda: Gemma3TextConfig(**HEADS, **CAPS, sliding_window_pattern=2),
+}
+# Largest logit error over the standard deviation of the logits.
+BOUND = {torch.bfloat16: 0.15, torch.float16: 0.03}
+GREEDY = Sampling()
+PAGES = {"a": [5, 2, 9, 1], "b": [4, 11, 3, 6], "c": [7, 8, 10, 12], "d": [13, 14, 15]}
+
+
+def half_kernels():
+    kernels = []
+    try:
+        attention._flash_attn()
+        kernels.append("flash_attn")
+    except ImportError:
+        pass
+    if attention._has_paged_varlen():
+        kernels.append("torch_varlen")
+    return kernels
+
+
+def tiny(name, dtype=torch.float32):
+    torch.manual_seed(0)
+    config = CONFIGS[name]()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    return model.eval().to("cuda", dtype)
+
+
+def prompt(seed, tokens=PROMPT):
+    return torch.randint(3, 512, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+class Recorded(Runner):
+    logits = None
+
+    def _draw(self, logits_BV, ids_B, rows):
+        self.logits = logits_BV.float().clone()
+        return super()._draw(logits_BV, ids_B, rows)
+
+
+def runner_of(model, kernel, graphs=False, max_batch=8, **kwargs):
+    kv = KVCache(kv_shapes(model.config), 16, PAGE, model.dtype, "cuda")
+    try:
+        check_numbers(kernel, kv, model.config)
+    except UnsupportedModel as e:
+        pytest.skip(f"refused: {e}")
+    return Recorded(model, kv, kernel, max_batch, 2048, MAX_LEN, graphs=graphs, **kwargs)
+
+
+def row(ids, start, end, pages, sample=True, sampling=GREEDY):
+    return RowStep(ids[start:end], start, PAGES[pages], sample, sampling)
+
+
+def replay(runner, decode_ids):
+    """Chunked prefill in mixed steps, then decode steps of given tokens; the logits of each step."""
+    a, b, c = prompt(1), prompt(2, 300), prompt(3, 40)
+    out = []
+    runner.step([row(c, 0, 40, "c")])
+    out.append(runner.logits)
+    runner.step([row(a, 0, 333, "a", sample=False), row([*c, 7], 40, 41, "c"), row(b, 0, 290, "b", sample=False)])
+    out.append(runner.logits)
+    runner.step([row(a, 333, 700, "a"), row([*c, 7, 8], 41, 42, "c"), row(b, 290, 300, "b")])
+    out.append(runner.logits)
+    a, b, c = list(a), list(b), [*c, 7, 8]
+    for token in decode_ids:
+        for ids in (a, b, c):
+            ids.append(token)
+        runner.step([row(ids, len(ids) - 1, len(ids), key) for ids, key in ((a, "a"), (b, "b"), (c, "c"))])
+        out.append(runner.logits)
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_reference_on_cuda_equals_the_plain_model(name):
+    model = tiny(name)
+    ids = prompt(1)
+    with torch.no_grad():
+        expected = model(torch.tensor([ids], device="cuda"), use_cache=False).logits[0, -1]
+    runner = runner_of(model, "reference")
+    runner.step([row(ids, 0, 333, "a", sample=False)])
+    runner.step([row(ids, 333, 700, "a")])
+    torch.testing.assert_close(runner.logits[0], expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("kernel", ["flash_attn", "torch_varlen"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_half_precision_kernels_agree_with_the_reference(name, kernel, dtype):
+    if kernel not in half_kernels():
+        pytest.skip(f"{kernel} is not installed")
+    if kernel == "torch_varlen" and name == "gemma2":
+        pytest.skip("refused: soft cap")
+    model = tiny(name, dtype)
+    expected = replay(runner_of(model, "reference"), [20, 30, 40])
+    got = replay(runner_of(model, kernel), [20, 30, 40])
+    error = (got - expected).abs().amax(-1) / expected.std(-1)
+    # A router's near-tie sends a token to another expert: for experts the typical row counts.
+    worst = error.median() if name == "qwen3_moe" else error.max()
+    assert worst < BOUND[dtype], error.tolist()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_graphs_equal_uncaptured_steps(name):
+    kernels = half_kernels()
+    if not kernels or (name == "gemma2" and kernels[0] == "torch_varlen"):
+        pytest.skip("no half-precision kernel")
+    model = tiny(name, torch.bfloat16)
+    expected = replay(runner_of(model, kernels[0]), [20, 30, 40, 50])
+    runner = runner_of(model, kernels[0], graphs=True)
+    runner.capture()
+    assert runner.captured == (1, 2, 4, 8)
+    got = replay(runner, [20, 30, 40, 50])
+    error = (got - expected).abs().amax(-1) / expected.std(-1)
+    worst = error.median() if name == "qwen3_moe" else error.max()
+    assert worst < BOUND[torch.bfloat16], error.tolist()
+    if name != "qwen3_moe":
+        # Padding reaches no row: the same three rows alone in a graph of four, and with a fourth beside them.
+        a, b, c, d = prompt(1)[:9], prompt(2)[:9], prompt(3)[:9], prompt(4)[:9]
+        for ids, key in ((a, "a"), (b, "b"), (c, "c"), (d, "d")):
+            runner.step([row(ids, 0, 8, key, sample=False)])
+        three = [row(a, 8, 9, "a"), row(b, 8, 9, "b"), row(c, 8, 9, "c")]
+        runner.step(three)
+        alone = runner.logits
+        runner.step([*three, row(d, 8, 9, "d")])
+        assert torch.equal(runner.logits[:3], alone)
+
+
+def test_graphs_are_dropped_by_resize_and_captured_again():
+    kernels = half_kernels()
+    if not kernels:
+        pytest.skip("no half-precision kernel")
+    runner = runner_of(tiny("llama", torch.bfloat16), kernels[0], graphs=True)
+    runner.capture()
+    before = replay(runner, [20])
+    runner.resize(14)
+    assert runner.captured == ()
+    runner.capture()
+    assert runner.captured == (1, 2, 4, 8)
+    torch.testing.assert_close(replay(runner, [20]), before)
+
+
+def test_a_failed_capture_leaves_decode_uncaptured(monkeypatch, caplog):
+    kernels = half_kernels()
+    if not kernels:
+        pytest.skip("no half-precision kernel")
+    runner = runner_of(tiny("llama", torch.bfloat16), kernels[0], graphs=True)
+
+    def out_of_memory(size, pool):
+        raise torch.OutOfMemoryError("no room for a graph")
+
+    monkeypatch.setattr(runner, "_capture", out_of_memory)
+    runner.capture()
+    runner.capture()
+    assert runner.captured == ()
+    assert caplog.text.count("no room for a graph") == 1
+    replay(runner, [20])
+
+
+def test_sampling_in_a_graph_step_equals_the_uncaptured_one():
+    kernels = half_kernels()
+    if not kernels:
+        pytest.skip("no half-precision kernel")
+    model = tiny("llama", torch.bfloat16)
+    runner = runner_of(model, kernels[0], graphs=True)
+    runner.capture()
+    ids = prompt(1)
+    runner.step([row(ids, 0, 699, "a", sample=False)])
+    for sampling in (Sampling(1.2, 0.9, 40, 3), Sampling(0.7, seed=9), GREEDY):
+        (drawn,) = runner.step([RowStep(ids[699:], 699, PAGES["a"], True, sampling, True)])
+        expected = choose(
+            runner.logits,
+            torch.tensor([sampling.seed], device="cuda"),
+            torch.tensor([700], device="cuda"),
+            torch.tensor([sampling.temperature], device="cuda") if sampling.temperature else None,
+            torch.tensor([sampling.top_p], device="cuda") if sampling.top_p < 1 else None,
+            torch.tensor([sampling.top_k], device="cuda") if sampling.top_k else None,
+        )
+        assert drawn == (int(expected[0]), float(expected[1]))
+
+
+def test_choose_can_be_captured():
+    rows = 20
+    logits = torch.randn(rows, 512, device="cuda")
+    arguments = (
+        torch.arange(rows, device="cuda"),
+        torch.arange(rows, device="cuda"),
+        torch.linspace(0, 2, rows, device="cuda"),
+        torch.full((rows,), 0.9, device="cuda"),
+        torch.full((rows,), 40, device="cuda"),
+    )
+    expected = choose(logits, *arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = choose(logits, *arguments)
+    graph.replay()
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
+def test_noise_is_the_cpus():
+    seeds, positions = torch.arange(-50, 50), torch.arange(100) * 1000
+    bits = noise_bits(seeds.cuda(), positions.cuda(), 3000)
+    assert torch.equal(bits.cpu(), noise_bits(seeds, positions, 3000))
+    difference = gumbel(seeds.cuda(), positions.cuda(), 3000).cpu() - gumbel(seeds, positions, 3000)
+    # A last bit of the float64 logarithm may differ, and with it the rounding to float32.
+    assert difference.abs().max() < 1e-5
+    assert (difference != 0).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gemma3"])
+def test_invariant_steps_hold_bits_on_cuda(name):
+    runner = runner_of(tiny(name), "reference", invariant=True)
+    a, b = prompt(1), prompt(2, 300)
+    runner.step([row(a, 0, 700, "a")])
+    alone = runner.logits[0]
+    runner.kv.resize(16)
+    runner.step([row(b, 0, 250, "b", sample=False), row(a, 0, 333, "a", sample=False)])
+    runner.step([row(b, 250, 300, "b"), row(a, 333, 700, "a")])
+    assert torch.equal(runner.logits[1], alone)
+
+
+def test_profile_measures_a_steps_workspace():
+    kernels = half_kernels()
+    kernel, dtype = (kernels[0], torch.bfloat16) if kernels else ("reference", torch.float32)
+    model = tiny("llama", dtype)
+    kv = KVCache(kv_shapes(model.config), 1, PAGE, dtype, "cuda")
+    runner = Runner(model, kv, kernel, 8, 512, MAX_LEN, graphs=False)
+    small, large = runner.profile(), runner.profile(max_prefill_tokens=4096)
+    assert 0 < small < large

@@ -1,0 +1,590 @@
+"""The paged engine on a scripted runner, whose tokens are a function of what its pages hold: a wrong page table, a page
+written by two, or a lost token gives other tokens than `expected`, which knows of no pages."""
+
+import random
+import threading
+import time
+import zlib
+from array import array
+from concurrent.futures import CancelledError, wait
+from contextlib import contextmanager
+
+import pytest
+
+from actors.engine.paged import PagedEngine
+from actors.engine.pages import PageAllocator
+from actors.engine.protocol import Request
+from actors.engine.scheduler import Row, Scheduler
+from actors.errors import Cancelled, ContextOverflow, EngineDead, EngineError, OutOfMemory
+from actors.messages import Numerics, Sampling
+
+NUMERICS = Numerics("paged", "scripted", "float32", "float32", "float32", 1, "none", True)
+VOCABULARY = 50
+TIMEOUT_S = 20
+
+
+class FakeOOM(RuntimeError):
+    """Stands for torch.OutOfMemoryError."""
+
+
+def draw(context, seed):
+    return zlib.crc32(array("i", [*context, seed])) % VOCABULARY
+
+
+def expected(token_ids, max_tokens, seed=0, stop=frozenset()):
+    tokens = list(token_ids)
+    while len(tokens) < len(token_ids) + max_tokens:
+        tokens.append(draw(tokens, seed))
+        if tokens[-1] in stop:
+            break
+    return tuple(tokens[len(token_ids) :])
+
+
+class Scripted:
+    """Stores token ids in pages. `fail` is called with the rows of each step and may return an exception."""
+
+    def __init__(self, num_pages, page_tokens, fail=lambda rows: None):
+        self.size, self.fail = page_tokens, fail
+        self.graphs, self.resizes, self.steps = True, [], []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.allocate(num_pages)
+
+    def allocate(self, num_pages):
+        self.store = [[-1] * self.size for _ in range(num_pages)]
+
+    def step(self, rows):
+        assert self.gate.wait(TIMEOUT_S)
+        self.steps.append([len(row.token_ids) for row in rows])
+        tables = [list(row.pages) for row in rows]
+        for i, row in enumerate(rows):
+            others = {page for j, table in enumerate(tables) if j != i for page in table}
+            for position, token in enumerate(row.token_ids, row.start):
+                page = row.pages[position // self.size]
+                assert page != 0
+                assert page not in others, "written while shared"
+                self.store[page][position % self.size] = token
+        error = self.fail(rows)
+        if error is not None:
+            for row in rows:  # garbage in its slots
+                for position in range(row.start, row.start + len(row.token_ids)):
+                    self.store[row.pages[position // self.size]][position % self.size] = -2
+            raise error
+        results = []
+        for row in rows:
+            length = row.start + len(row.token_ids)
+            context = [token for page in row.pages for token in self.store[page]][:length]
+            token = draw(context, row.sampling.seed)
+            results.append((token, -token / 100) if row.sample else None)
+        return results
+
+    def copy_page(self, src, dst, tokens):
+        self.store[dst] = self.store[src][:tokens] + [-3] * (self.size - tokens)
+
+    def drop_graphs(self):
+        self.graphs = False
+
+    def resize(self, num_pages):
+        self.resizes.append(num_pages)
+        self.allocate(num_pages)
+
+
+@contextmanager
+def engine(num_pages=200, page_tokens=4, fail=lambda rows: None, **options):
+    runner = Scripted(num_pages, page_tokens, fail)
+    settings = {"max_model_len": 400, "max_batch": 16, "max_prefill_tokens": 64, "min_prefill_tokens": 8}
+    paged = PagedEngine(
+        runner,
+        num_pages=num_pages,
+        page_tokens=page_tokens,
+        numerics=NUMERICS,
+        kv_bytes_token=10,
+        oom_errors=(FakeOOM,),
+        **(settings | options),
+    )
+    try:
+        yield paged, runner
+    finally:
+        runner.gate.set()
+        paged.close()
+        assert not paged._thread.is_alive()
+
+
+def request(sequence_id, token_ids, max_tokens=8, seed=0, **options):
+    return Request(token_ids, sequence_id, max_tokens, Sampling(seed=seed), **options)
+
+
+def answer(paged, *args, **options):
+    return paged.submit(request(*args, **options)).result(TIMEOUT_S)
+
+
+def prompts(number, rng, shot=0):
+    shared = [rng.randrange(VOCABULARY) for _ in range(shot)]
+    return [shared + [rng.randrange(VOCABULARY) for _ in range(rng.randrange(1, 40))] for _ in range(number)]
+
+
+def settled(condition):
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def all_right(paged, texts, max_tokens=12):
+    futures = [paged.submit(request(f"s{i}", text, max_tokens, seed=i)) for i, text in enumerate(texts)]
+    answers = [future.result(TIMEOUT_S) for future in futures]
+    assert [a.token_ids for a in answers] == [expected(t, max_tokens, i) for i, t in enumerate(texts)]
+    return answers
+
+
+def test_alone():
+    with engine() as (paged, _):
+        result = answer(paged, "a", [1, 2, 3])
+    usage = result.usage
+    assert result.token_ids == expected([1, 2, 3], 8)
+    assert result.finish_reason == "length"
+    assert (usage.prompt_tokens, usage.prefilled, usage.reused, usage.generated) == (3, 3, 0, 8)
+    assert (usage.batch_max, usage.preemptions, usage.kv_bytes_peak) == (1, 0, 3 * 4 * 10)
+    assert min(usage.queue_s, usage.prefill_s, usage.decode_s) >= 0 < usage.gpu_s
+    assert result.logprobs == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "shot"),
+    [
+        ({}, 0),
+        ({}, 21),
+        ({"num_pages": 15, "max_model_len": 52}, 0),
+        ({"num_pages": 24}, 21),
+        ({"page_tokens": 1, "num_pages": 4000}, 5),
+    ],
+    ids=["batch", "shared prefix", "tiny pool", "tiny pool, shared prefix", "pages of one token"],
+)
+def test_batched_rows_are_as_alone(options, shot):
+    with engine(**options) as (paged, runner):
+        answers = all_right(paged, prompts(30, random.Random(0), shot))
+        assert max(a.usage.batch_max for a in answers) > 1
+        tiny = options.get("num_pages", 200) < 100
+        assert (paged.events["preemptions"] > 0) == tiny
+        assert sum(a.usage.preemptions for a in answers) == paged.events["preemptions"]
+        assert (sum(a.usage.prefilled + a.usage.reused - a.usage.prompt_tokens for a in answers) > 0) == tiny
+        assert max(sum(step) for step in runner.steps if max(step) > 1) <= 64
+
+
+def test_a_burst_with_one_prefix_computes_it_once():
+    with engine() as (paged, runner):
+        runner.gate.clear()
+        texts = prompts(10, random.Random(1), shot=60)
+        futures = [paged.submit(request(f"{i}", text, 4)) for i, text in enumerate(texts)]
+        runner.gate.set()
+        usages = [future.result(TIMEOUT_S).usage for future in futures]
+    assert sum(usage.reused >= 60 for usage in usages) == 9
+
+
+def test_follow_ups_reuse_what_was_computed():
+    with engine() as (paged, _):
+        context = list(range(10))
+        for turn in range(4):
+            result = answer(paged, "a", context, 5)
+            assert result.token_ids == expected(context, 5)
+            assert result.usage.reused == (len(context) - 4 if turn else 0)  # the last token's KV was not written
+            assert result.usage.prefilled == len(context) - result.usage.reused
+            context = [*context, *result.token_ids, 1, 2, 3]
+
+
+def test_a_trimmed_answer_diverges_within_a_page():
+    with engine() as (paged, _):
+        first = answer(paged, "a", list(range(10)), 9)
+        context = [*range(10), *first.token_ids[:3], 1, 2]
+        again = answer(paged, "a", context)
+        assert again.usage.reused == 13
+        assert again.token_ids == expected(context, 8)
+
+
+def test_end_frees_the_pages():
+    with engine() as (paged, _):
+        answer(paged, "a", list(range(10)))
+        assert paged.capacity().pages_free < paged.capacity().pages_total
+        paged.end("a")
+        paged.end("unknown")
+        settled(lambda: paged.capacity().pages_free == paged.capacity().pages_total)
+
+
+def test_usage_shares_shared_pages():
+    with engine() as (paged, runner):
+        answer(paged, "a", list(range(9)), 1)
+        assert answer(paged, "b", [*range(8), 20], 1).usage.kv_bytes_peak == (2 / 2 + 1) * 40
+        assert len(runner.steps) == 2
+
+
+def test_stop_token_is_included():
+    with engine() as (paged, _):
+        tokens = expected([5], 30)
+        stop = frozenset({tokens[4]})
+        result = answer(paged, "a", [5], 30, stop_token_ids=stop)
+    assert result.token_ids == expected([5], 30, stop=stop)
+    assert result.finish_reason == "stop"
+
+
+def test_matcher_sees_each_token_once_even_when_preempted():
+    seen = {i: [] for i in range(12)}
+
+    def matcher(i):
+        def match(new_ids):
+            seen[i] += new_ids
+            return len(seen[i]) == 15
+
+        return match
+
+    with engine(num_pages=15, max_model_len=52) as (paged, _):
+        texts = prompts(12, random.Random(3))
+        texts = [text[:30] for text in texts]
+        futures = [paged.submit(request(f"{i}", text, 20, matcher=matcher(i))) for i, text in enumerate(texts)]
+        for i, future in enumerate(futures):
+            result = future.result(TIMEOUT_S)
+            assert tuple(seen[i]) == result.token_ids == expected(texts[i], 15)
+            assert result.finish_reason == "stop"
+        assert paged.events["preemptions"]
+
+
+def test_a_matcher_that_raises_fails_its_row_alone():
+    def broken(new_ids):
+        raise KeyError("mine")
+
+    with engine() as (paged, _):
+        bad, good = paged.submit(request("a", [1], matcher=broken)), paged.submit(request("b", [2]))
+        with pytest.raises(EngineError, match="matcher failed: KeyError"):
+            bad.result(TIMEOUT_S)
+        assert good.result(TIMEOUT_S).token_ids == expected([2], 8)
+
+
+def test_logprobs():
+    with engine() as (paged, _):
+        result = answer(paged, "a", [1, 2], logprobs=True)
+    assert result.logprobs == tuple(-token / 100 for token in result.token_ids)
+
+
+def test_limits():
+    with engine(num_pages=11, max_model_len=60) as (paged, runner):
+        for token_ids, max_tokens, kind in (
+            ([], 1, EngineError),
+            ([1], 0, EngineError),
+            ([1] * 60, 1, ContextOverflow),
+            ([1] * 30, 12, ContextOverflow),  # 41 tokens of KV, 40 in the pool
+        ):
+            with pytest.raises(kind):
+                answer(paged, "a", token_ids, max_tokens)
+        assert runner.steps == []
+        assert len(answer(paged, "a", [1] * 30, 11).token_ids) == 11
+    with engine(max_model_len=20) as (paged, _):
+        result = answer(paged, "a", [1] * 15, 10)
+        assert result.finish_reason == "context"
+        assert len(result.token_ids) == 5
+        assert answer(paged, "b", [1] * 15, 5).finish_reason == "length"
+
+
+def test_cancel_queued_and_running():
+    with engine(max_batch=1) as (paged, runner):
+        runner.gate.clear()
+        running, queued = paged.submit(request("a", [1], 50)), paged.submit(request("b", [2], 50))
+        assert queued.cancel()
+        assert running.cancel()
+        runner.gate.set()
+        assert wait([running, queued], TIMEOUT_S).not_done == set()
+        with pytest.raises(CancelledError):
+            running.result()
+        assert answer(paged, "a", [1], 3).token_ids == expected([1], 3)
+        settled(lambda: paged.capacity().running == paged.capacity().waiting == 0)
+
+
+def test_end_while_running_and_queued():
+    with engine(max_batch=1) as (paged, runner):
+        runner.gate.clear()
+        futures = [paged.submit(request(name, [1], 50)) for name in "abb"]
+        other = paged.submit(request("c", [3]))
+        for name in "ab":
+            paged.end(name)
+        runner.gate.set()
+        for future in futures:
+            with pytest.raises(Cancelled):
+                future.result(TIMEOUT_S)
+        assert other.result(TIMEOUT_S).token_ids == expected([3], 8)
+        assert answer(paged, "b", [1], 3).token_ids == expected([1], 3)
+
+
+def test_a_second_request_of_a_sequence_waits():
+    with engine() as (paged, _):
+        first, second = (paged.submit(request("a", [1, 2, 3], 20)) for _ in range(2))
+        assert first.result(TIMEOUT_S).token_ids == second.result(TIMEOUT_S).token_ids
+        assert second.result().usage.batch_max == 1
+
+
+def test_close_fails_what_is_queued_and_later_requests():
+    with engine(max_batch=1) as (paged, runner):
+        runner.gate.clear()
+        futures = [paged.submit(request(f"{i}", [1], 50)) for i in range(3)]
+        futures[2].cancel()
+        closing = threading.Thread(target=paged.close)
+        closing.start()
+        runner.gate.set()
+        closing.join()
+        for future in [*futures[:2], paged.submit(request("late", [1]))]:
+            with pytest.raises(EngineDead, match="closed"):
+                future.result(TIMEOUT_S)
+        paged.close()
+
+
+def test_prefill_and_decode_alternate():
+    with engine(max_prefill_tokens=16) as (paged, runner):
+        runner.gate.clear()
+        short, long = paged.submit(request("a", [1], 12)), paged.submit(request("b", list(range(150)), 2))
+        settled(lambda: len(paged.scheduler.running) + len(paged.scheduler.waiting) + paged._mail.qsize() == 2)
+        runner.gate.set()
+        short.result(TIMEOUT_S), long.result(TIMEOUT_S)
+    assert runner.steps[1:9] in ([[16], [1]] * 4, [[1], [16]] * 4)
+
+
+def test_shrink_preempts_and_goes_on():
+    with engine() as (paged, runner):
+        runner.gate.clear()
+        futures = [paged.submit(request(f"{i}", [i, i], 30)) for i in range(8)]
+        paged.shrink(2)
+        runner.gate.set()
+        for i, future in enumerate(futures):
+            assert future.result(TIMEOUT_S).token_ids == expected([i, i], 30)
+        assert max(len(step) for step in runner.steps[10:]) == 2
+        assert paged.capacity().max_batch == 2
+        paged.shrink(100)
+        assert paged.capacity().max_batch == 2
+
+
+def oom_if(condition):
+    return lambda rows: FakeOOM("no memory") if condition(rows) else None
+
+
+def test_oom_in_prefill_halves_the_chunk():
+    fail = oom_if(lambda rows: max(len(row.token_ids) for row in rows) > 1 and sum(len(r.token_ids) for r in rows) > 20)
+    drops = []
+    with engine(fail=fail, drop_caches=lambda: drops.append(1), grow_after=10**6) as (paged, runner):
+        all_right(paged, prompts(12, random.Random(5)))
+        events = paged.events
+    assert len(drops) == events["oom_prefill"] > 0
+    assert events["prefill_halved"] <= 3
+    assert events["batch_halved"] == events["culprits"] == events["pool_shrinks"] == 0
+    assert max(sum(step) for step in runner.steps[-20:]) <= 20
+
+
+def test_oom_in_decode_halves_the_batch_and_grows_back():
+    shortage = [True]
+    fail = oom_if(lambda rows: shortage[0] and len(rows) > 3 and all(len(row.token_ids) == 1 for row in rows))
+    with engine(fail=fail, grow_after=5) as (paged, _):
+        all_right(paged, prompts(12, random.Random(6)))
+        events = paged.events
+        assert events["oom_decode"] > 0 < events["batch_halved"]
+        assert events["culprits"] == events["pool_shrinks"] == 0
+        shortage[0] = False
+        texts = [[*text, 9] for text in prompts(12, random.Random(7))]
+        futures = [paged.submit(request(f"t{i}", text, 40)) for i, text in enumerate(texts)]
+        assert [f.result(TIMEOUT_S).token_ids for f in futures] == [expected(text, 40) for text in texts]
+        assert paged.capacity().max_batch == 16
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_only_the_culprit_leaves(phase):
+    def is_culprit(row):
+        return row.sampling.seed == 77 and (len(row.token_ids) == 1 or phase == "prefill")
+
+    with engine(fail=oom_if(lambda rows: any(map(is_culprit, rows)))) as (paged, runner):
+        texts = prompts(10, random.Random(8))
+        bad = paged.submit(request("bad", list(range(30)), 10, seed=77))
+        all_right(paged, texts)
+        with pytest.raises(OutOfMemory, match="alone at the smallest bound") as caught:
+            bad.result(TIMEOUT_S)
+        assert isinstance(caught.value.__cause__, FakeOOM)
+        assert paged.events["culprits"] == 1
+        assert not runner.graphs
+        assert runner.resizes == [150]
+        assert paged.capacity().max_batch == 16
+        all_right(paged, texts)
+
+
+def test_a_smaller_pool_helps_and_everything_is_computed_again():
+    with engine(num_pages=100) as (paged, runner):
+        runner.fail = oom_if(lambda rows: len(runner.store) > 80 and len(runner.steps) > 6)
+        texts = prompts(8, random.Random(9))
+        all_right(paged, texts)
+        assert paged.events["pool_shrinks"] == 1
+        assert paged.events["culprits"] == 0
+        assert paged.capacity().pages_total == 74
+        with pytest.raises(OutOfMemory, match="pool was cut"):
+            answer(paged, "big", [1] * 300, 50)
+
+
+def test_a_pool_that_cannot_come_back_is_the_end():
+    died = []
+    with engine(fail=oom_if(lambda rows: True), on_dead=died.append) as (paged, runner):
+        runner.resize = lambda num_pages: (_ for _ in ()).throw(FakeOOM("still none"))
+        with pytest.raises(EngineDead, match="could not be allocated again"):
+            answer(paged, "a", [1])
+        settled(lambda: died)
+        assert paged.dead
+
+
+def test_a_failed_copy_is_repeated():
+    failures = [FakeOOM("in a copy")] * 3
+    with engine() as (paged, runner):
+        copy = runner.copy_page
+
+        def flaky(*args):
+            if failures:
+                raise failures.pop()
+            copy(*args)
+
+        runner.copy_page = flaky
+        answer(paged, "a", list(range(20)), 1)
+        texts = [[*range(18), 40 + i] for i in range(4)]
+        futures = [paged.submit(request(f"{i}", text)) for i, text in enumerate(texts)]
+        assert [f.result(TIMEOUT_S).token_ids for f in futures] == [expected(text, 8) for text in texts]
+        assert not failures
+
+
+def test_a_poisonous_row_fails_alone():
+    def fail(rows):
+        return ValueError("bad row") if any(row.sampling.seed == 77 for row in rows) else None
+
+    with engine(fail=fail) as (paged, runner):
+        bad = paged.submit(request("bad", [1, 2, 3], seed=77))
+        all_right(paged, prompts(10, random.Random(10)))
+        with pytest.raises(EngineError, match="ValueError: bad row"):
+            bad.result(TIMEOUT_S)
+        assert runner.resizes == []
+
+
+def test_a_dead_context_fails_everything():
+    died, fail = [], [False]
+
+    def dead(rows):
+        return RuntimeError("CUDA error: an illegal memory access was encountered") if fail[0] else None
+
+    with engine(fail=dead, on_dead=died.append) as (paged, runner):
+        runner.gate.clear()
+        futures = [paged.submit(request(f"{i}", [1], 50)) for i in range(5)]
+        fail[0] = True
+        runner.gate.set()
+        for future in futures:
+            with pytest.raises(EngineDead, match="illegal memory"):
+                future.result(TIMEOUT_S)
+        settled(lambda: died)
+        assert paged.dead
+        with pytest.raises(EngineDead, match="dead"):
+            answer(paged, "late", [1])
+
+
+def test_old_trajectories_go_first():
+    scheduler = Scheduler(PageAllocator(100, 4), max_batch=1, max_prefill_tokens=64, max_model_len=100)
+    rows = [Row(request(name, [1, 2]), None, 0.0, [1, 2]) for name in "abca"]
+    for row in rows[:3]:
+        scheduler.add(row)
+    scheduler.commit(scheduler.plan())
+    assert scheduler.running == [rows[0]]
+    scheduler.remove(rows[0])
+    scheduler.add(rows[3])
+    assert [work.row for work in scheduler.plan()] == [rows[3]]
+    assert scheduler.end("a") == [rows[3]]
+    assert [work.row for work in scheduler.plan()] == [rows[1]]
+
+
+def test_the_oldest_always_advances():
+    scheduler = Scheduler(PageAllocator(6, 2), max_batch=4, max_prefill_tokens=8, max_model_len=11)
+    rows = [Row(request(f"{i}", [i, i]), None, 0.0, [i, i]) for i in range(3)]
+    for row in rows:
+        scheduler.add(row)
+    while scheduler.running or scheduler.waiting:
+        work = scheduler.plan()
+        assert work
+        oldest = scheduler.running[0]
+        assert work[0].row is oldest or oldest.left == 1
+        scheduler.commit(work)
+        for part in work:
+            part.row.tokens.append(0)
+            if len(part.row.tokens) == 11:
+                scheduler.remove(part.row)
+    assert scheduler.preemptions > 0
+    assert all(len(row.tokens) == 11 for row in rows)
+
+
+def test_stress():
+    """2,000 requests in 500 trajectories from 4 threads, with cancellations, ends and memory errors."""
+    rng = random.Random(11)
+    chaos = random.Random(12)
+    shots = [[rng.randrange(VOCABULARY) for _ in range(length)] for length in (0, 13, 40)]
+    wrong = []
+
+    def trajectory(paged, name, rng):
+        context = [*rng.choice(shots), *(rng.randrange(VOCABULARY) for _ in range(rng.randrange(1, 20)))]
+        for _ in range(4):
+            max_tokens, seed = rng.randrange(1, 12), rng.randrange(1000)
+            future = paged.submit(request(name, context, max_tokens, seed))
+            if rng.random() < 0.05:
+                future.cancel()
+                continue
+            if rng.random() < 0.02:
+                paged.end(name)
+                wait([future], TIMEOUT_S)
+                continue
+            tokens = future.result(TIMEOUT_S).token_ids
+            if tokens != expected(context, max_tokens, seed):
+                wrong.append((name, context))
+            kept = tokens[: rng.randrange(len(tokens) + 1)] if rng.random() < 0.3 else tokens
+            context = [*context, *kept, *(rng.randrange(VOCABULARY) for _ in range(rng.randrange(1, 15)))]
+        paged.end(name)
+
+    def client(paged, number):
+        rng = random.Random(number)
+        for start in range(0, 125, 25):
+            names = [f"{number}/{start + i}" for i in range(25)]
+            threads = [
+                threading.Thread(target=trajectory, args=(paged, name, random.Random(rng.random()))) for name in names
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+    fail = oom_if(lambda rows: chaos.random() < 0.02)
+    with engine(num_pages=120, max_model_len=250, fail=fail) as (paged, _):
+        clients = [threading.Thread(target=client, args=(paged, number)) for number in range(4)]
+        for thread in clients:
+            thread.start()
+        for thread in clients:
+            thread.join()
+        assert wrong == []
+        settled(lambda: paged.capacity().running == paged.capacity().waiting == 0)
+        capacity = paged.capacity()
+        assert capacity.pages_free + capacity.pages_cached == capacity.pages_total
+        assert paged.events["preemptions"] > 0 < paged.events["oom_decode"]
+        assert not paged.dead
+
+
+def test_memory_that_another_process_holds_is_waited_for(monkeypatch):
+    monkeypatch.setattr("actors.engine.paged._WAIT_S", 0.01)
+    held = {"steps": 60}
+
+    def fail(rows):
+        held["steps"] -= 1
+        return FakeOOM("CUDA out of memory") if held["steps"] > 0 else None
+
+    with engine(fail=fail, squeezed=lambda: held["steps"] > 0) as (paged, _):
+        answers = [paged.submit(request(f"s{n}", [n] * 30)) for n in range(4)]
+        for n, answer in enumerate(answers):
+            assert answer.result(TIMEOUT_S).token_ids == expected([n] * 30, 8)
+        assert paged.events["waits"] > 20
+        assert paged.events["culprits"] == paged.events["pool_shrinks"] == paged.events["graph_drops"] == 0
+
+
+def test_it_is_not_waited_for_for_ever(monkeypatch):
+    monkeypatch.setattr("actors.engine.paged._WAIT_S", 0.01)
+    with engine(fail=lambda rows: FakeOOM("CUDA out of memory"), squeezed=lambda: True, patience_s=0.1) as (paged, _):
+        with pytest.raises(OutOfMemory, match="failed alone"):
+            paged.submit(request("s", [1] * 30)).result(TIMEOUT_S)
+        assert paged.events["waits"] in (10, 11)  # of 0.01 s each

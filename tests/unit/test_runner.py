@@ -1,0 +1,413 @@
+"""Packed, paged steps against the plain forward of the same model, in fp32 on CPU, for every supported family."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from actors.engine import attention
+from actors.engine.kv import KVCache, kv_shapes
+from actors.engine.protocol import RowStep
+from actors.engine.runner import Runner, graph_sizes
+from actors.errors import InputError, UnsupportedModel
+from actors.messages import Sampling
+
+PAGE = 16
+PROMPT = 50
+WINDOW = 12
+# An initializer_range of 0.2 spreads the logits, so that a wrong mask shows and ties do not.
+SHAPE = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+HEADS = {**SHAPE, "head_dim": 16}
+CAPS = {"query_pre_attn_scalar": 24, "sliding_window": WINDOW}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**HEADS),
+    "llama_rope": lambda: LlamaConfig(
+        **HEADS, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    ),
+    "qwen2": lambda: Qwen2Config(**SHAPE),
+    "qwen2_sliding": lambda: Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
+    "qwen3": lambda: Qwen3Config(**HEADS),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **HEADS, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True
+    ),
+    "mistral": lambda: MistralConfig(**HEADS, sliding_window=WINDOW),
+    "gemma": lambda: GemmaConfig(**HEADS),
+    "gemma2": lambda: Gemma2Config(**HEADS, **CAPS, attn_logit_softcapping=5.0, final_logit_softcapping=8.0),
+    "gemma3": lambda: Gemma3TextConfig(**HEADS, **CAPS, sliding_window_pattern=2),
+}
+DENSE = [name for name in CONFIGS if name != "qwen3_moe"]
+GREEDY = Sampling()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(name, seed=0):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def prompt(seed, tokens=PROMPT):
+    return torch.randint(3, 128, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.no_grad()
+def plain_logits(model, ids):
+    return model(torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def plain_greedy(model, ids, tokens):
+    ids = list(ids)
+    for _ in range(tokens):
+        ids.append(int(plain_logits(model, ids)[-1].argmax()))
+    return ids[-tokens:]
+
+
+class Recorded(Runner):
+    """Keeps the logits of the last step's drawn rows."""
+
+    logits = None
+
+    def _draw(self, logits_BV, ids_B, rows):
+        self.logits = logits_BV.clone()
+        return super()._draw(logits_BV, ids_B, rows)
+
+
+def runner_of(model, pages=40, **kwargs):
+    kv = KVCache(kv_shapes(model.config), pages, PAGE, torch.float32, "cpu")
+    return Recorded(model, kv, "reference", max_batch=8, max_prefill_tokens=64, max_model_len=256, **kwargs)
+
+
+def row(ids, start, end, pages, sample=True, sampling=GREEDY, logprobs=False):
+    return RowStep(ids[start:end], start, pages, sample, sampling, logprobs)
+
+
+def prefill_alone(runner, ids, pages, cuts=()):
+    """Prefill in chunks that end at `cuts`; the logits after the last token."""
+    at = 0
+    for end in (*cuts, len(ids)):
+        runner.step([row(ids, at, end, pages, sample=end == len(ids))])
+        at = end
+    return runner.logits[0]
+
+
+A_PAGES, B_PAGES, C_PAGES = [3, 5, 2, 8, 11], [4, 1, 9, 30, 31], [7, 6, 10, 12, 33]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_chunked_prefill_in_a_mixed_batch_and_decode_equal_the_plain_model(name):
+    model = tiny(name)
+    a, b, c = prompt(1), prompt(2, 33), prompt(3, 7)
+    expected = [plain_greedy(model, ids, 6) for ids in (a, b, c)]
+    logits_a, logits_b = plain_logits(model, a), plain_logits(model, b)
+    runner = runner_of(model)
+
+    # c decodes while a and b are prefilled in chunks that end anywhere.
+    got_c = [runner.step([row(c, 0, 7, C_PAGES)])[0][0]]
+    drawn = runner.step(
+        [row(a, 0, 21, A_PAGES, sample=False), row(c + got_c, 7, 8, C_PAGES), row(b, 0, 9, B_PAGES, sample=False)]
+    )
+    assert drawn[0] is None
+    assert drawn[2] is None
+    got_c.append(drawn[1][0])
+    drawn = runner.step([row(a, 21, 50, A_PAGES), row(c + got_c, 8, 9, C_PAGES), row(b, 9, 33, B_PAGES)])
+    torch.testing.assert_close(runner.logits[0], logits_a[-1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(runner.logits[2], logits_b[-1], atol=1e-4, rtol=1e-4)
+    got = [[drawn[0][0]], [drawn[2][0]], [*got_c, drawn[1][0]]]
+
+    while any(len(tokens) < 6 for tokens in got):
+        ids = [a + got[0], b + got[1], c + got[2]]
+        drawn = runner.step(
+            [row(i, len(i) - 1, len(i), pages) for i, pages in zip(ids, (A_PAGES, B_PAGES, C_PAGES), strict=True)]
+        )
+        for tokens, result in zip(got, drawn, strict=True):
+            tokens.append(result[0])
+    assert [tokens[:6] for tokens in got] == expected
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "gemma2"])
+def test_the_window_and_caps_matter_in_these_tests(name):
+    """Each of them off changes the logits by far more than the tolerance above."""
+    model = tiny(name)
+    ids = prompt(1)
+    logits = plain_logits(model, ids)[-1]
+    config = CONFIGS[name]()
+    config.sliding_window = WINDOW + 1
+    torch.manual_seed(0)
+    other = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    assert (plain_logits(other, ids)[-1] - logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_no_bit_of_a_dense_model_depends_on_neighbours_or_chunks(name):
+    model = tiny(name)
+    runner = runner_of(model)
+    a, b = prompt(1), prompt(2, 33)
+    alone = prefill_alone(runner, a, A_PAGES).clone()
+    for cuts in [(1,), (15, 16), (3, 21, 22, 49)]:
+        runner.kv.resize(40)
+        assert torch.equal(prefill_alone(runner, a, A_PAGES, cuts), alone), cuts
+    runner.kv.resize(40)
+    runner.step([row(b, 0, 20, B_PAGES, sample=False), row(a, 0, 45, A_PAGES, sample=False)])
+    runner.step([row(b, 20, 33, B_PAGES), row(a, 45, 50, A_PAGES)])
+    assert torch.equal(runner.logits[1], alone)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gemma3"])
+def test_invariant_steps_hold_bits_for_every_family(name):
+    model = tiny(name)
+    expected = plain_logits(model, prompt(1))[-1]
+    runner = runner_of(model, invariant=True)
+    a, b = prompt(1), prompt(2, 33)
+    alone = prefill_alone(runner, a, A_PAGES).clone()
+    torch.testing.assert_close(alone, expected, atol=1e-4, rtol=1e-4)
+    for cuts in [(1,), (3, 21, 22, 49)]:
+        runner.kv.resize(40)
+        assert torch.equal(prefill_alone(runner, a, A_PAGES, cuts), alone), cuts
+    runner.kv.resize(40)
+    runner.step([row(b, 0, 20, B_PAGES, sample=False), row(a, 0, 45, A_PAGES, sample=False)])
+    runner.step([row(b, 20, 33, B_PAGES), row(a, 45, 50, A_PAGES)])
+    assert torch.equal(runner.logits[1], alone)
+
+
+def test_more_drawn_rows_than_an_invariant_tile():
+    model = tiny("llama")
+    runner = runner_of(model, pages=80, invariant=True)
+    prompts = [prompt(seed, 5) for seed in range(12)]
+    drawn = runner.step([row(ids, 0, 5, [2 + i]) for i, ids in enumerate(prompts)])
+    # The plain model must see the eager attention again.
+    model.set_attn_implementation("eager")
+    assert [token for token, _ in drawn] == [plain_greedy(model, ids, 1)[0] for ids in prompts]
+
+
+def test_a_step_repeats_into_the_same_slots():
+    runner = runner_of(tiny("qwen3"))
+    ids = prompt(1)
+    prefill_alone(runner, ids[:40], A_PAGES)
+    first = runner.step([row(ids, 40, 50, A_PAGES, logprobs=True)])
+    assert runner.step([row(ids, 40, 50, A_PAGES, logprobs=True)]) == first
+
+
+def test_a_step_that_runs_out_of_memory_repeats(monkeypatch):
+    runner = runner_of(tiny("qwen3"))
+    ids = prompt(1)
+    expected = prefill_alone(runner, ids, A_PAGES).clone()
+    runner.kv.resize(40)
+    calls = []
+
+    def fails_once(hidden):
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("logits")
+        return type(runner)._head(runner, hidden)
+
+    monkeypatch.setattr(runner, "_head", fails_once)
+    with pytest.raises(torch.OutOfMemoryError):
+        runner.step([row(ids, 0, 50, A_PAGES)])
+    runner.step([row(ids, 0, 50, A_PAGES)])
+    assert torch.equal(runner.logits[0], expected)
+
+
+def test_what_an_earlier_owner_left_in_a_page_is_never_seen():
+    runner = runner_of(tiny("llama"))
+    ids = prompt(1)
+    expected = prefill_alone(runner, ids, A_PAGES).clone()
+    for cache in (*runner.kv.k, *runner.kv.v):
+        cache.fill_(float("nan"))
+        cache[0].zero_()
+    assert torch.equal(prefill_alone(runner, ids, A_PAGES), expected)
+
+
+def test_a_copied_partial_page_serves_another_row():
+    runner = runner_of(tiny("gemma3"))
+    ids = prompt(1)
+    expected = prefill_alone(runner, ids, A_PAGES).clone()
+    runner.copy_page(A_PAGES[2], 20, tokens=8)
+    # 40 = 2 pages + 8 tokens are taken over: two shared pages, and the copy.
+    runner.step([row(ids, 40, 50, [A_PAGES[0], A_PAGES[1], 20, 21])])
+    assert torch.equal(runner.logits[0], expected)
+    runner.copy_page(A_PAGES[2], 22)
+    assert torch.equal(runner.kv.k[1][22], runner.kv.k[1][A_PAGES[2]])
+
+
+def test_resize_forgets_and_goes_on():
+    runner = runner_of(tiny("llama"))
+    ids = prompt(1)
+    expected = prefill_alone(runner, ids, A_PAGES).clone()
+    runner.resize(12)
+    assert runner.kv.pages == 12
+    assert runner.kv.k[0].shape == (12, PAGE, 2, 16)
+    assert torch.equal(prefill_alone(runner, ids, A_PAGES), expected)
+    with pytest.raises(ValueError, match="scratch"):
+        runner.resize(0)
+
+
+def test_graphs_and_profile_do_nothing_on_cpu():
+    runner = runner_of(tiny("llama"))
+    runner.capture()
+    runner.drop_graphs()
+    assert runner.captured == ()
+    assert runner.profile() == 0
+
+
+def test_sampled_rows_ignore_neighbours_and_repeats():
+    runner = runner_of(tiny("qwen3"))
+    a, b = prompt(1), prompt(2, 33)
+    hot = Sampling(temperature=1.5, top_p=0.95, top_k=60, seed=-(2**70) + 7)
+    alone = runner.step([row(a, 0, 50, A_PAGES, sampling=hot, logprobs=True)])[0]
+    beside = runner.step(
+        [row(b, 0, 33, B_PAGES), row(a, 0, 50, A_PAGES, sampling=hot, logprobs=True), row(b, 0, 9, C_PAGES)]
+    )[1]
+    assert beside == alone
+    tokens = {runner.step([row(a, 49, 50, A_PAGES, sampling=replace(hot, seed=seed))])[0][0] for seed in range(20)}
+    assert len(tokens) > 3
+
+
+def test_logprobs_are_those_of_the_unmodified_distribution():
+    model = tiny("gemma2")
+    ids = prompt(1)
+    expected = torch.log_softmax(plain_logits(model, ids)[-1], -1)
+    runner = runner_of(model)
+    token, logprob = runner.step([row(ids, 0, 50, A_PAGES, sampling=Sampling(0.5, 0.9, 5, 3), logprobs=True)])[0]
+    assert logprob == pytest.approx(float(expected[token]), abs=1e-4)
+    _, silent = runner.step([row(ids, 49, 50, A_PAGES)])[0]
+    assert silent != silent
+
+
+def test_bad_rows_and_arguments_are_refused():
+    model = tiny("llama")
+    runner = runner_of(model)
+    ids = prompt(1)
+    with pytest.raises(ValueError, match="pages"):
+        runner.step([row(ids, 0, 17, [3])])
+    with pytest.raises(ValueError, match="tokens"):
+        runner.step([row(ids, 0, 0, [3])])
+    with pytest.raises(ValueError, match="256"):
+        Runner(model, runner.kv, "flash_attn", 8, 64, 256)
+    short = KVCache(kv_shapes(model.config)[:2], 4, PAGE, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="layers"):
+        Runner(model, short, "reference", 8, 64, 256)
+    paged = KVCache(kv_shapes(model.config), 2, 256, torch.bfloat16, "cpu")
+    with pytest.raises(ValueError, match="reference"):
+        Runner(model, paged, "flash_attn", 8, 64, 256, invariant=True)
+
+
+def test_a_kernel_refuses_what_it_does_not_compute():
+    config = CONFIGS["gemma2"]()
+    kv = KVCache(kv_shapes(config), 2, 256, torch.bfloat16, "cpu")
+    with pytest.raises(UnsupportedModel, match="softcapping"):
+        attention.check_kernel("torch_varlen", kv, config)
+    attention.check_kernel("flash_attn", kv, config)
+    wide = KVCache([(1, 512)], 2, 256, torch.bfloat16, "cpu")
+    with pytest.raises(UnsupportedModel, match="head dimension"):
+        attention.check_kernel("flash_attn", wide, config)
+
+
+def test_an_unknown_attention_argument_is_refused_by_name():
+    model = tiny("llama")
+    runner = runner_of(model)
+    layer = model.model.layers[0].self_attn
+    q = torch.zeros(1, 4, 3, 16)
+    kv = torch.zeros(1, 2, 3, 16)
+    call = attention._attention
+    for argument in ("s_aux", "position_bias", "block_sequence_ids"):
+        with pytest.raises(UnsupportedModel, match=argument):
+            call(layer, q, kv, kv, None, scaling=1.0, **{argument: torch.zeros(4)})
+    with pytest.raises(UnsupportedModel, match="attention_mask"):
+        call(layer, q, kv, kv, torch.zeros(1, 1, 3, 3), scaling=1.0)
+    with pytest.raises(UnsupportedModel, match="is_causal"):
+        call(layer, q, kv, kv, None, scaling=1.0, is_causal=False)
+    with pytest.raises(UnsupportedModel, match="output_attentions"):
+        call(layer, q, kv, kv, None, scaling=1.0, output_attentions=True)
+    layer.sinks = torch.zeros(4)
+    with pytest.raises(UnsupportedModel, match="sinks"):
+        runner.step([row(prompt(1), 0, 5, A_PAGES)])
+
+
+def test_attention_outside_a_step_says_so():
+    model = tiny("llama")
+    runner_of(model)
+    with pytest.raises(RuntimeError, match="outside a runner's step"):
+        plain_logits(model, prompt(1))
+
+
+def test_the_kernel_of_a_cpu_is_sdpa_and_the_reference_for_a_soft_cap():
+    assert attention.kernel_for("cpu", torch.float32) == "sdpa"
+    assert attention.kernel_for("cpu", torch.bfloat16) == "sdpa"
+    assert attention.kernel_for("cpu", torch.float32, CONFIGS["qwen3"]()) == "sdpa"
+    assert attention.kernel_for("cpu", torch.float32, CONFIGS["gemma2"]()) == "reference"
+    with pytest.raises(InputError, match="cuda or cpu"):
+        attention.kernel_for("meta", torch.float32)
+
+
+def test_half_precision_without_a_kernel_names_the_install_command(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(attention, "_has_paged_varlen", lambda: True)
+    assert attention.kernel_for("cuda", torch.bfloat16) == "torch_varlen"
+    monkeypatch.setattr(attention, "_has_paged_varlen", lambda: False)
+    with pytest.raises(InputError, match="pip install flash-attn"):
+        attention.kernel_for("cuda", torch.bfloat16)
+    assert attention.kernel_for("cuda", torch.float32) == "sdpa"
+    with pytest.raises(InputError, match="float64"):
+        attention.kernel_for("cuda", torch.float64)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    with pytest.raises(InputError, match=r"7\.5"):
+        attention.kernel_for("cuda", torch.float16)
+
+
+def test_bf16_reference_runs():
+    model = tiny("llama").to(torch.bfloat16)
+    logits = plain_logits(model, prompt(1))[-1].float()
+    kv = KVCache(kv_shapes(model.config), 40, PAGE, torch.bfloat16, "cpu")
+    runner = Recorded(model, kv, "reference", 8, 64, 256)
+    got = prefill_alone(runner, prompt(1), A_PAGES, (21,)).float()
+    assert (got - logits).abs().max() < 0.1 * logits.abs().max()
+
+
+def test_graph_sizes_end_with_the_batch_and_pad_little():
+    assert graph_sizes(1) == [1]
+    assert graph_sizes(6) == [1, 2, 4, 6]
+    sizes = graph_sizes(300)
+    assert sizes[-1] == 300
+    assert sizes == sorted(set(sizes))
+    for batch in range(1, 301):
+        size = next(size for size in sizes if size >= batch)
+        assert size - batch < max(8, 0.25 * batch)
+
+
+def test_kv_shapes_and_bytes():
+    config = CONFIGS["llama"]()
+    assert kv_shapes(config) == ((2, 16),) * 4
+    assert kv_shapes(config, 2) == ((1, 16),) * 4
+    with pytest.raises(ValueError, match="split"):
+        kv_shapes(config, 4)
+    kv = KVCache([(2, 16), (1, 32)], 3, PAGE, torch.float16, "cpu")
+    assert kv.bytes_token == 2 * 2 * (2 * 16 + 32)
+    assert kv.bytes_page == sum(t[0].nbytes for t in (*kv.k, *kv.v))
+    assert kv.v[1].shape == (3, PAGE, 1, 32)
