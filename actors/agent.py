@@ -1,0 +1,189 @@
+"""The ReAct loop (Yao et al. 2022, arXiv:2210.03629): Thought, Action, Observation, until an answer.
+
+Receives `generate` as a callable and tools as a Toolbox. Knows no engine, no Ray, no storage and no scores.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from actors.actions import Action
+from actors.errors import ContextOverflow, EngineError
+from actors.formats import Format
+from actors.messages import Generation, Step, StopReason, Task, Trajectory, Turn, Usage
+from actors.tools import Toolbox
+
+Generate = Callable[[Sequence[int], Turn], Awaitable[Generation]]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one trajectory.
+
+    Attributes:
+        max_steps: steps before the answer is asked for.
+        trajectory_tokens: tokens of the transcript, prompt included.
+        context_tokens: the model's own bound on the same.
+    """
+
+    max_steps: int
+    trajectory_tokens: int
+    context_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """The tighter of the two token bounds."""
+        return min(self.trajectory_tokens, self.context_tokens)
+
+    @property
+    def reason(self) -> StopReason:
+        """Which of the two it is."""
+        return "token_limit" if self.trajectory_tokens <= self.context_tokens else "context_limit"
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What the calls of one trajectory, or of one step, cost together."""
+
+    usage: Usage = field(default_factory=Usage)
+
+    def add(self, other: Usage) -> None:
+        mine = self.usage
+        self.usage = Usage(
+            prompt_tokens=max(mine.prompt_tokens, other.prompt_tokens),
+            prefilled=mine.prefilled + other.prefilled,
+            reused=mine.reused + other.reused,
+            generated=mine.generated + other.generated,
+            kv_bytes_peak=max(mine.kv_bytes_peak, other.kv_bytes_peak),
+            batch_max=max(mine.batch_max, other.batch_max),
+            preemptions=mine.preemptions + other.preemptions,
+            queue_s=mine.queue_s + other.queue_s,
+            prefill_s=mine.prefill_s + other.prefill_s,
+            decode_s=mine.decode_s + other.decode_s,
+            gpu_s=mine.gpu_s + other.gpu_s,
+        )
+
+
+class Rollout:
+    """One trajectory being rolled out. `run` is called once."""
+
+    def __init__(self, task: Task, transcript: Format, generate: Generate, toolbox: Toolbox, limits: Limits):
+        self.task = task
+        self.transcript = transcript
+        self.generate = generate
+        self.toolbox = toolbox
+        self.limits = limits
+        self.steps: list[Step] = []
+        self.total = _Tally()
+        self.slips = 0
+        self.tool_calls = 0
+        self.tool_errors = 0
+        self.tool_s = 0.0
+        self.crash: str | None = None
+
+    async def run(self) -> Trajectory:
+        """Roll the task out to its end. An EngineError ends it as a failed trajectory with what was done so far."""
+        try:
+            return await self._loop()
+        except ContextOverflow as e:
+            return self._end("error", error=str(e), error_type="model")
+        except EngineError as e:
+            return self._end("error", error=f"{type(e).__name__}: {e}", error_type="infra")
+
+    async def _loop(self) -> Trajectory:
+        for _ in range(self.limits.max_steps):
+            if not self._fits():
+                return await self._forced(self.limits.reason)
+            step = _Tally()
+            started = time.perf_counter()
+            action = await self._turn(step)
+            if action.final:
+                self._record(action, "", step.usage, started)
+                return self._end("finish", action)
+            observation = action.problem if action.problem is not None else await self._act(action)
+            self._record(action, observation, step.usage, started)
+            self.transcript.observe(observation)
+        return await self._forced("step_limit")
+
+    async def _forced(self, reason: StopReason) -> Trajectory:
+        """Ask for the answer now, if that still fits."""
+        self.transcript.force_finish()
+        if not self._fits():
+            return self._end(reason)
+        step = _Tally()
+        started = time.perf_counter()
+        action = await self._turn(step)
+        self._record(action, "", step.usage, started)
+        return self._end(reason, action, forced=True)
+
+    def _fits(self) -> bool:
+        return len(self.transcript.token_ids) + self.transcript.turn().max_tokens <= self.limits.tokens
+
+    async def _turn(self, step: _Tally) -> Action:
+        """Let the model speak until its turn reads as an action."""
+        while True:
+            turn = self.transcript.turn()
+            generation = await self.generate(self.transcript.token_ids, turn)
+            step.add(generation.usage)
+            self.total.add(generation.usage)
+            action = self.transcript.read(generation.token_ids, generation.finish_reason)
+            if action is not None:
+                self.slips += action.slips
+                return action
+
+    async def _act(self, action: Action) -> str:
+        self.tool_calls += 1
+        result = await self.toolbox.call(action.tool or "", action.arguments or {})
+        self.tool_s += result.seconds
+        if result.error is not None:
+            self.tool_errors += 1
+        if result.crashed:
+            self.crash = self.crash or result.error
+        return result.observation
+
+    def _record(self, action: Action, observation: str, usage: Usage, started: float) -> None:
+        self.steps.append(
+            Step(
+                thought=action.thought,
+                action=action.text,
+                tool=action.tool,
+                arguments=None if action.arguments is None else json.dumps(action.arguments, ensure_ascii=False),
+                observation=observation,
+                tokens=usage.generated,
+                seconds=time.perf_counter() - started,
+                prefilled=usage.prefilled,
+                reused=usage.reused,
+            )
+        )
+
+    def _end(
+        self,
+        reason: StopReason,
+        action: Action | None = None,
+        *,
+        forced: bool = False,
+        error: str | None = None,
+        error_type: str | None = None,
+    ) -> Trajectory:
+        answer = str((action.arguments or {}).get("answer", "")) if action is not None and action.final else None
+        if error is None and self.crash is not None:
+            error, error_type = self.crash, "tool"
+        return Trajectory(
+            task=self.task,
+            steps=tuple(self.steps),
+            answer=answer.strip() if answer is not None else None,
+            raw_answer=action.text if action is not None and action.final else None,
+            stop_reason=reason,
+            forced_finish=forced,
+            parse_errors=self.slips,
+            error=error,
+            error_type=error_type,  # pyright: ignore[reportArgumentType]
+            tool_calls=self.tool_calls,
+            tool_errors=self.tool_errors,
+            prompt_tokens=self.transcript.prompt_tokens,
+            usage=self.total.usage,
+            tool_s=self.tool_s,
+        )

@@ -1,0 +1,78 @@
+"""The Serve deployment: one engine on one GPU, or on a laptop's CPU.
+
+Turns a Turn (text) into the engine's matcher (token ids) and back. Knows no ReAct and no storage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from dataclasses import replace
+from typing import Any
+
+from ray import serve
+
+from actors.engine import build
+from actors.engine.loader import load_tokenizer, resolve, stop_token_ids
+from actors.engine.protocol import Capacity, EngineSpec, Request
+from actors.messages import Call, Numerics, Reply
+from actors.stopping import TurnMatcher
+
+log = logging.getLogger(__name__)
+
+
+class Replica:
+    """Serves the calls of many trajectories with one engine.
+
+    Args:
+        spec: what the engine is built from.
+        threads: CPU threads of torch; 0 leaves torch's own number.
+    """
+
+    def __init__(self, spec: EngineSpec, threads: int = 0):
+        if threads:
+            import torch
+
+            torch.set_num_threads(threads)
+        model = resolve(spec.model, spec.revision)
+        self.tokenizer: Any = load_tokenizer(model.folder, trust_remote_code=spec.trust_remote_code)
+        self.stop_token_ids = stop_token_ids(model.folder, trust_remote_code=spec.trust_remote_code)
+        self.engine = build(spec)
+        self.id = f"{serve.get_replica_context().replica_id.unique_id}@{os.uname().nodename}"
+
+    async def generate(self, call: Call) -> Reply:
+        """Continue a trajectory.
+
+        Raises:
+            EngineError: ContextOverflow, OutOfMemory, Cancelled or EngineDead.
+        """
+        matcher = TurnMatcher(call.turn, self.tokenizer)
+        future = self.engine.submit(
+            Request(
+                token_ids=call.token_ids,
+                sequence_id=call.row_id,
+                max_tokens=call.turn.max_tokens,
+                sampling=call.sampling,
+                stop_token_ids=self.stop_token_ids,
+                matcher=matcher,
+            )
+        )
+        generation = await asyncio.wrap_future(future)
+        if matcher.reason == "stage":
+            generation = replace(generation, finish_reason="stage")
+        return Reply(generation, self.id, self.engine.numerics)
+
+    async def end(self, row_id: str) -> None:
+        """Free what the engine keeps for a trajectory."""
+        self.engine.end(row_id)
+
+    async def describe(self) -> tuple[Numerics, Capacity]:
+        """Under which numerics this replica computes, and its sizes."""
+        return self.engine.numerics, self.engine.capacity()
+
+    async def check_health(self) -> None:
+        """Serve replaces a replica whose engine is dead."""
+        if getattr(self.engine, "dead", False):
+            log.error("the engine is dead; this process ends, so that Serve replaces it")
+            os._exit(1)
