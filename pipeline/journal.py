@@ -1,0 +1,287 @@
+"""What is durable before the tables are: the start, the failure and the finished row of every attempt.
+
+Records are appended to small immutable objects, a line of JSON each, written by group commit; `begin` and
+`finish` return when their record is on storage. Loaded again, the journal knows which rows are finished, so
+that no finished trajectory is computed twice. One process owns a journal. Knows no Ray and no engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+import uuid
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from pyarrow import fs
+
+from pipeline.tables import filesystem
+
+log = logging.getLogger(__name__)
+
+COMMIT_S = 0.1
+MERGE_OBJECTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """The journal's answer to a row that wants to start.
+
+    Attributes:
+        attempt: number of this attempt, from 1.
+        row: the finished result row, where there is one: emit it, compute nothing.
+        stop: the run is stopping; do not start.
+        exhausted: too many attempts of this session ended without an outcome; record the row as failed.
+    """
+
+    attempt: int
+    row: dict[str, Any] | None = None
+    stop: bool = False
+    exhausted: bool = False
+
+
+@dataclass(slots=True)
+class Progress:
+    """Counts of the run so far, all sessions together."""
+
+    finished: int = 0
+    failed: int = 0
+    resumed: int = 0
+    running: int = 0
+    score_sum: float = 0.0
+    generated_tokens: int = 0
+    prefilled_tokens: int = 0
+    reused_tokens: int = 0
+    stopping: bool = False
+
+
+@dataclass(slots=True)
+class _Row:
+    """What the journal knows of one row."""
+
+    attempts: int = 0
+    lost_here: int = 0
+    place: tuple[str, int, int] | None = None
+    """Object, offset and length of the finished row's line."""
+    finishing: asyncio.Future[None] | None = None
+    """Set while the finished row is on its way to storage."""
+
+
+class Journal:
+    """The journal of one run folder.
+
+    Args:
+        uri: folder of the objects: local path, s3:// or gs://.
+        max_attempts: attempts of one row that may end without an outcome (their agent or replica died)
+            in this session. A run that was killed and resumed starts this count again.
+    """
+
+    def __init__(self, uri: str, max_attempts: int = 3):
+        self.fs, self.folder = filesystem(uri)
+        self.fs.create_dir(self.folder, recursive=True)
+        self.max_attempts = max_attempts
+        self.session = uuid.uuid4().hex[:8]
+        self.rows: dict[str, _Row] = defaultdict(_Row)
+        self.progress = Progress()
+        self.objects: list[str] = []
+        self._pending: list[tuple[bytes, dict[str, Any]]] = []
+        self._flushed: asyncio.Future[None] | None = None
+        self._flusher: asyncio.Task[None] | None = None
+        for record, place in self._read_all():
+            self._apply(record, place)
+            if place[0] not in self.objects:
+                self.objects.append(place[0])
+        self.progress.running = 0
+        self.progress.resumed = self.progress.finished
+
+    def _read_all(self):
+        infos = self.fs.get_file_info(fs.FileSelector(self.folder, allow_not_found=True))
+        for info in sorted(infos, key=lambda info: info.base_name):
+            if info.type != fs.FileType.File or not info.base_name.endswith(".jsonl"):
+                continue
+            with self.fs.open_input_stream(info.path) as stream:
+                content = stream.read()
+            offset = 0
+            for line in content.splitlines(keepends=True):
+                yield json.loads(line), (info.path, offset, len(line))
+                offset += len(line)
+
+    def _apply(self, record: dict[str, Any], place: tuple[str, int, int] | None) -> None:
+        row = self.rows[record["row_id"]]
+        row.attempts = max(row.attempts, record["attempt"])
+        if record["kind"] != "finish" or row.place is not None:
+            return
+        row.place = place
+        result = record["row"]
+        self.progress.finished += 1
+        self.progress.failed += result["status"] == "failed"
+        self.progress.score_sum += result["score"] or 0.0
+        self.progress.generated_tokens += result["generated_tokens"] or 0
+        self.progress.prefilled_tokens += result["prefilled_tokens"] or 0
+        self.progress.reused_tokens += result["reused_tokens"] or 0
+
+    async def begin(self, row_id: str, pool: str, rung: str) -> Begin:
+        """Record the start of an attempt; returns when it is durable."""
+        row = self.rows[row_id]
+        if (finished := await self._finished(row)) is not None:
+            return Begin(row.attempts, row=finished)
+        if self.progress.stopping:
+            return Begin(row.attempts, stop=True)
+        if row.lost_here >= self.max_attempts:
+            return Begin(row.attempts, exhausted=True)
+        row.attempts += 1
+        row.lost_here += 1
+        self.progress.running += 1
+        attempt = row.attempts
+        await self._append({"kind": "begin", "row_id": row_id, "attempt": attempt, "pool": pool, "rung": rung})
+        return Begin(attempt)
+
+    async def _finished(self, row: _Row) -> dict[str, Any] | None:
+        if row.finishing is not None:
+            await asyncio.wait([row.finishing])
+        if row.place is None:
+            return None
+        try:
+            return await asyncio.to_thread(self._read, row.place)
+        except FileNotFoundError:  # merged meanwhile: the place has moved
+            return await asyncio.to_thread(self._read, row.place)
+
+    async def fail(self, row_id: str, attempt: int, replica: str, cause: str, lost_gpu_s: float | None = None) -> None:
+        """Record that an attempt failed for reasons of infrastructure; its row is not finished."""
+        self.progress.running -= 1
+        await self._append(
+            {
+                "kind": "fail",
+                "row_id": row_id,
+                "attempt": attempt,
+                "replica": replica,
+                "cause": cause[:2000],
+                "lost_gpu_s": lost_gpu_s,
+            }
+        )
+
+    async def finish(self, row_id: str, attempt: int, replica: str, result: dict[str, Any]) -> dict[str, Any]:
+        """Record a finished row; returns the row that counts when it is durable.
+
+        Where another attempt of the row finished first, that one counts and this one is dropped.
+        """
+        row = self.rows[row_id]
+        if (finished := await self._finished(row)) is not None:
+            return finished
+        self.progress.running -= 1
+        record = {
+            "kind": "finish",
+            "row_id": row_id,
+            "attempt": attempt,
+            "replica": replica,
+            "status": result["status"],
+            "row": result,
+        }
+        await self._append(record, row)
+        return result
+
+    async def stop(self) -> None:
+        """Start no further row."""
+        self.progress.stopping = True
+
+    async def counts(self) -> Progress:
+        """Counts so far."""
+        return self.progress
+
+    def _read(self, place: tuple[str, int, int]) -> dict[str, Any]:
+        path, offset, length = place
+        with self.fs.open_input_file(path) as file:
+            file.seek(offset)
+            return json.loads(file.read(length))["row"]
+
+    async def _append(self, record: dict[str, Any], finished: _Row | None = None) -> None:
+        record |= {"at": time.time(), "session": self.session}
+        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        if self._flushed is None:
+            self._flushed = asyncio.get_running_loop().create_future()
+        waiting = self._flushed
+        self._pending.append((line, record))
+        if finished is not None:
+            finished.finishing = waiting
+        if self._flusher is None or self._flusher.done():
+            self._flusher = asyncio.create_task(self._flush())
+        await asyncio.shield(waiting)
+
+    async def _flush(self) -> None:
+        """Write what is pending as one object, until nothing is pending."""
+        while self._pending:
+            await asyncio.sleep(COMMIT_S)
+            batch, waiting = self._pending, self._flushed
+            self._pending, self._flushed = [], None
+            assert waiting is not None
+            name = f"{self.folder}/{time.time_ns():020d}-{self.session}.jsonl"
+            try:
+                await asyncio.to_thread(write_whole, self.fs, name, b"".join(line for line, _ in batch))
+            except OSError as e:
+                waiting.set_exception(e)
+                waiting.exception()
+                continue
+            finally:
+                for _, record in batch:
+                    if self.rows[record["row_id"]].finishing is waiting:
+                        self.rows[record["row_id"]].finishing = None
+            offset = 0
+            for line, record in batch:
+                self._apply(record, (name, offset, len(line)))
+                offset += len(line)
+            self.objects.append(name)
+            waiting.set_result(None)
+            if sum("-merged" not in path for path in self.objects) >= MERGE_OBJECTS:
+                try:
+                    await self._merge()
+                except OSError as e:  # more objects than need be; the next commit tries again
+                    log.warning("journal objects could not be merged: %s", e)
+
+    async def _merge(self) -> None:
+        """Put small objects together, so that their number grows with the rows and not with the time."""
+        small = [path for path in self.objects if "-merged" not in path]
+        name = f"{small[-1].removesuffix('.jsonl')}-merged.jsonl"
+        starts = await asyncio.to_thread(self._concatenate, small, name)
+        for row in self.rows.values():
+            if row.place is not None and row.place[0] in starts:
+                row.place = (name, starts[row.place[0]] + row.place[1], row.place[2])
+        self.objects = [path for path in self.objects if path not in starts] + [name]
+        for path in small:
+            await asyncio.to_thread(self.fs.delete_file, path)
+
+    def _concatenate(self, small: list[str], name: str) -> dict[str, int]:
+        """Write the objects as one; where each now starts."""
+        starts: dict[str, int] = {}
+        content = bytearray()
+        for path in small:
+            starts[path] = len(content)
+            with self.fs.open_input_stream(path) as stream:
+                content += stream.read()
+        write_whole(self.fs, name, bytes(content))
+        return starts
+
+    def records(self) -> list[dict[str, Any]]:
+        """All records, in the order of writing, finished rows without their content."""
+        found: dict[tuple[str, int, str], dict[str, Any]] = {}
+        for record, _ in self._read_all():
+            record.pop("row", None)
+            found[record["row_id"], record["attempt"], record["kind"]] = record
+        return list(found.values())
+
+
+def write_whole(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
+    """Write a file that appears whole or not at all, and is on the disk when this returns."""
+    if not isinstance(filesystem, fs.LocalFileSystem):
+        with filesystem.open_output_stream(path) as stream:
+            stream.write(content)
+        return
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

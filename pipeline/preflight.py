@@ -1,0 +1,247 @@
+"""Everything that can be checked before a GPU is taken, checked: config, suite, rows, tools, scorers, prompt, model.
+
+Loads the model's tokenizer and config, never its weights. Knows no Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.actions import ToolSpec, fewshot_tools
+from actors.errors import InputError
+from actors.formats import Format, Prompt, check_format, fill, make_format
+from actors.messages import Task
+from actors.tools import FINISH, Tool, load_tools, tools_sha
+from pipeline.config import RunConfig, nearest
+from pipeline.scoring import Scorer, gold_check, load_scorers, version_of
+from pipeline.suite import Reject, Rows, Suite, load_suite, read_rows
+from pipeline.tables import RunFacts
+
+UNBOUNDED = 1 << 20
+"""Tokens of context for models that name no bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run that passed every check.
+
+    Attributes:
+        tokenizer: the model's.
+        model_revision: commit, or a digest of the file.
+        model_len: the longest context the model (or the config) allows, in tokens.
+    """
+
+    config: RunConfig
+    suite: Suite
+    rows: Rows
+    tools: tuple[Tool, ...]
+    scorers: tuple[Scorer, ...]
+    tokenizer: Any
+    model_folder: Path
+    model_revision: str
+    model_len: int
+    facts: RunFacts
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Check all there is to check.
+
+    Raises:
+        InputError: the first thing that cannot be used, or every row that cannot (`bad_rows: stop`).
+    """
+    from actors.engine.loader import load_config, load_tokenizer, resolve
+
+    _check_built(config)
+    suite = load_suite(config.suite, config.data)
+    tools = tuple(load_tools(suite.config.tools, suite.folder))
+    scorers = load_scorers(suite.config.scorers, suite.folder)
+    _check_fewshot(suite, tools)
+    rows = read_rows(suite, config)
+    if rows.rejects and config.bad_rows == "stop":
+        raise InputError(describe_rejects(rows.rejects))
+    if not rows.tasks:
+        raise InputError("every row was rejected:\n" + describe_rejects(rows.rejects))
+    _check_gold(suite, scorers, rows)
+
+    # Weights of a repository are the replicas' business: the machine that submits may have no room for them.
+    model = resolve(config.model.id, config.model.revision, weights=Path(config.model.id).expanduser().exists())
+    config = config.model_copy(update={"model": config.model.model_copy(update={"revision": model.revision})})
+    trusted = config.model.trust_remote_code
+    model_config = load_config(model.folder, trust_remote_code=trusted)
+    if config.engine == "paged":
+        from actors.engine.support import check_supported
+
+        check_supported(model_config)
+    tokenizer = load_tokenizer(model.folder, trust_remote_code=trusted)
+    check_format(config.agent.format, tokenizer, specs(tools))
+    model_len = _model_len(config, model_config)
+    _check_context(config, suite, rows, tools, tokenizer, model_len)
+    return Prepared(
+        config=config,
+        suite=suite,
+        rows=rows,
+        tools=tools,
+        scorers=scorers,
+        tokenizer=tokenizer,
+        model_folder=model.folder,
+        model_revision=model.revision,
+        model_len=model_len,
+        facts=_facts(config, suite, rows, tools, scorers, tokenizer),
+    )
+
+
+def describe_rejects(rejects: Sequence[Reject], most: int = 20) -> str:
+    """A line for each, up to `most`."""
+    lines = [str(reject) for reject in rejects[:most]]
+    if len(rejects) > most:
+        lines.append(f"… and {len(rejects) - most:,} more rows")
+    return "\n".join(lines)
+
+
+def specs(tools: Sequence[Tool]) -> list[ToolSpec]:
+    """What the model is told of the tools, Finish last."""
+    return [ToolSpec(**tool.spec) for tool in tools] + [ToolSpec(**FINISH)]
+
+
+def transcript(config: RunConfig, suite: Suite, tools: Sequence[Tool], tokenizer: Any, task: Task) -> Format:
+    """A new transcript of `task`: the rendered prompt."""
+    agent = config.agent
+    return make_format(
+        agent.format,
+        tokenizer,
+        Prompt(suite.system, suite.fewshot, suite.config.prompt.user),
+        specs(tools),
+        agent.max_tokens.model_dump(),
+        agent.reasoning.max_tokens,
+        agent.reasoning.history,
+        task,
+    )
+
+
+def _check_built(config: RunConfig) -> None:
+    """Refuse what the config can say and Berth does not do yet, rather than do something else."""
+    for field, got, wants in (
+        ("model.quantization", config.model.quantization, None),
+        ("memory.kv_dtype", config.memory.kv_dtype, "auto"),
+        ("fallback", config.fallback, "same_precision"),
+    ):
+        if got != wants:
+            raise InputError("not done yet", field=field, got=got, wants=str(wants or "null"))
+    if config.numerics == "invariant" and config.model.dtype not in ("auto", "float32"):
+        raise InputError("kept in float32 only", field="numerics", got="invariant", wants="model.dtype: float32")
+    if ":" in config.engine and importlib.util.find_spec(config.engine.partition(":")[0].partition(".")[0]) is None:
+        raise InputError("no such module", field="engine", got=config.engine, wants="module:factory")
+    for name, pool in config.pools.items():
+        if pool.tensor_parallel_size > 1 or name != "single":
+            raise InputError(
+                "only the pool `single` with tensor_parallel_size 1 can be run yet",
+                field=f"pools.{name}",
+                got=pool.tensor_parallel_size,
+            )
+
+
+def _check_fewshot(suite: Suite, tools: Sequence[Tool]) -> None:
+    known = {tool.name.casefold(): tool.name for tool in tools} | {"finish": "Finish"}
+    for name in fewshot_tools(suite.fewshot):
+        if name.casefold() not in known:
+            raise InputError(
+                f"the few-shot examples call {name}, which is not a declared tool" + nearest(name, known.values()),
+                file=str(suite.folder / "suite.yaml"),
+                field="prompt.fewshot",
+                wants="one of " + ", ".join(known.values()),
+            )
+
+
+def _check_gold(suite: Suite, scorers: Sequence[Scorer], rows: Rows) -> None:
+    failures = gold_check((task for task in rows.tasks if task.sample == 0), scorers, suite.primary)
+    if failures:
+        first = failures[0]
+        raise InputError(
+            f"{len(failures)} gold answers do not score 1.0 in {suite.primary}; the first: row {first.task_id!r}, "
+            f"gold {first.gold!r}, score {first.score}",
+            file=str(suite.folder / "suite.yaml"),
+            field="primary",
+        )
+
+
+def _model_len(config: RunConfig, model_config: Any) -> int:
+    text_config = model_config.get_text_config()
+    own = getattr(text_config, "max_position_embeddings", None)
+    wanted = config.model.max_model_len
+    if own is not None and wanted is not None and wanted > own:
+        raise InputError("longer than the model's context", field="model.max_model_len", got=wanted, wants=f"≤ {own}")
+    return wanted or own or UNBOUNDED
+
+
+def _check_context(
+    config: RunConfig, suite: Suite, rows: Rows, tools: Sequence[Tool], tokenizer: Any, model_len: int
+) -> None:
+    """Every prompt leaves room for one turn. A token is at least a byte, so only long rows are tokenised."""
+    bound = min(model_len, suite.config.limits.trajectory_tokens)
+    name = "the model's context" if model_len <= suite.config.limits.trajectory_tokens else "limits.trajectory_tokens"
+    empty = transcript(config, suite, tools, tokenizer, rows.tasks[0])
+    room = bound - empty.turn().max_tokens - empty.prompt_tokens
+    for task in rows.tasks:
+        if task.sample or len(fill(suite.config.prompt.user, task).encode()) + 64 < room:
+            continue
+        prompt = transcript(config, suite, tools, tokenizer, task)
+        if prompt.prompt_tokens + prompt.turn().max_tokens > bound:
+            raise InputError(
+                f"the prompt has {prompt.prompt_tokens:,} tokens, a turn may take {prompt.turn().max_tokens:,}; "
+                f"{name} is {bound:,}",
+                file=suite.data,
+                field=f"row {task.task_id}",
+                wants="a shorter prompt, or a higher bound",
+            )
+
+
+def _facts(
+    config: RunConfig, suite: Suite, rows: Rows, tools: Sequence[Tool], scorers: Sequence[Scorer], tokenizer: Any
+) -> RunFacts:
+    prompt = [config.agent.format, suite.system, suite.fewshot, suite.config.prompt.user]
+    template = getattr(tokenizer, "chat_template", None) if config.agent.format != "react_text" else None
+    return RunFacts(
+        suite=suite.config.name,
+        suite_version=suite.config.version,
+        data_sha=rows.sha,
+        prompt_sha=digest(json.dumps(prompt)),
+        template_sha=digest(str(template)) if template else None,
+        tool_sha=tools_sha(tools),
+        scorer_version=version_of(scorers),
+    )
+
+
+def digest(text: str) -> str:
+    """16 hex digits of SHA-256."""
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def identity(prepared: Prepared) -> dict[str, Any]:
+    """What makes two runs the same run: all that decides its rows. Pools, limits and memory do not."""
+    config, facts = prepared.config, prepared.facts
+    return {
+        "suite": facts.suite,
+        "suite_version": facts.suite_version,
+        "fields": prepared.suite.config.fields.model_dump(),
+        "scorers": [facts.scorer_version, prepared.suite.primary],
+        "data": facts.data_sha,
+        "prompt": facts.prompt_sha,
+        "template": facts.template_sha,
+        "tools": facts.tool_sha,
+        "limits": prepared.suite.config.limits.model_dump(),
+        "model": config.model.model_dump() | {"id": Path(config.model.id).name, "revision": prepared.model_revision},
+        "engine": config.engine,
+        "numerics": config.numerics,
+        "agent": config.agent.model_dump(),
+        "sampling": config.sampling.model_dump(),
+        "samples": config.samples,
+        "seed": config.seed,
+        "rows": len(prepared.rows.tasks),
+        "kv_dtype": config.memory.kv_dtype,
+    }

@@ -1,0 +1,436 @@
+"""The run on Ray: manifest → agents → scores → results. The only file of the pipeline that knows Ray.
+
+Ray Data reads the manifest and writes the tables; agents are an async actor pool in between; they call Serve
+deployments that hold the model; the journal is one actor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray import serve
+from ray.data import ActorPoolStrategy, DataContext
+from ray.data.checkpoint import CheckpointConfig
+from ray.exceptions import RayError
+from ray.serve.config import RequestRouterConfig
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.agent import Limits, Rollout
+from actors.engine.protocol import Capacity, EngineSpec
+from actors.errors import EngineDead, EngineError, Incomplete, InputError
+from actors.messages import Call, Generation, Numerics, Sampling, Trajectory
+from pipeline import preflight
+from pipeline.config import ReplicaRange, RunConfig
+from pipeline.journal import Journal, Progress
+from pipeline.preflight import Prepared
+from pipeline.suite import Suite
+from pipeline.tables import RESULTS, RunFacts, result_row, rows_to_table, task_from_row
+
+log = logging.getLogger("berth")
+
+ROWS_PER_TASK = 16
+ROWS_PER_FILE = 256
+CALLS_PER_AGENT = 64
+RETRY_S = 1.0
+WORKER_ENV = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # or agents, which have no GPU, would see all of them
+    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # the manifest has few files; 32 processes cost a minute to start
+}
+SLOW_MODEL_S = 24 * 3600
+ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What an agent needs to know; crosses to its process.
+
+    Attributes:
+        limits: bounds of a trajectory; the context is the model's.
+        concurrent: trajectories one agent actor rolls out at once.
+    """
+
+    config: RunConfig
+    suite: Suite
+    facts: RunFacts
+    limits: Limits
+    app: str
+    concurrent: int
+
+
+class Agents:
+    """The async Ray Data callable: manifest rows in, result rows out, each durable before it is emitted."""
+
+    def __init__(self, job: Job, journal: Any):
+        from actors.engine.loader import load_tokenizer, resolve
+        from actors.tools import ToolThreads, load_tools
+        from pipeline.scoring import load_scorers
+
+        self.job = job
+        self.journal: Any = journal
+        model = job.config.model
+        folder = resolve(model.id, model.revision, weights=False).folder
+        self.tokenizer: Any = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
+        self.tools = load_tools(job.suite.config.tools, job.suite.folder)
+        self.threads = ToolThreads()
+        self.scorers = load_scorers(job.suite.config.scorers, job.suite.folder)
+        self.scoring = ThreadPoolExecutor(2, "scoring")
+        self.handle: DeploymentHandle = serve.get_app_handle(job.app)
+        self.running: asyncio.Semaphore | None = None
+
+    async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
+        """One table of finished rows for each table of manifest rows; rows that a stop kept back are left out."""
+        if self.running is None:
+            self.running = asyncio.Semaphore(self.job.concurrent)
+        found = await asyncio.gather(*(self._row(row) for row in batch.to_pylist()))
+        yield rows_to_table([row for row in found if row is not None], RESULTS)
+
+    async def _row(self, manifest: dict[str, Any]) -> dict[str, Any] | None:
+        assert self.running is not None
+        async with self.running:
+            return await Attempts(self, manifest).run()
+
+    def cut(self, text: str, max_tokens: int) -> str:
+        """`text`, or its beginning of `max_tokens` tokens."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return text if len(ids) <= max_tokens else self.tokenizer.decode(ids[:max_tokens])
+
+
+class _Stopped(Exception):
+    """The run is stopping, or another attempt of the row has finished: nothing is to be recorded."""
+
+
+class Attempts:
+    """One row: begun, rolled out, scored and finished in the journal; calls that die are tried again."""
+
+    def __init__(self, agents: Agents, manifest: Mapping[str, Any]):
+        self.agents = agents
+        self.job = agents.job
+        self.task = task_from_row(manifest)
+        self.attempt = 0
+        self.replica = ""
+        self.numerics: Numerics | None = None
+
+    async def run(self) -> dict[str, Any] | None:
+        """The row that counts; None where the run is stopping."""
+        begun = await self._begin()
+        if begun.row is not None or begun.stop:
+            return begun.row
+        try:
+            trajectory = _lost(self.task, begun.attempt) if begun.exhausted else await self._trajectory()
+        except _Stopped:
+            return (await self._begin()).row
+        except Exception as e:  # one row's fault must not be the run's: it stands on the row, with its place
+            log.exception("row %s", self.task.row_id)
+            place = traceback.extract_tb(e.__traceback__)[-1]
+            said = f"{type(e).__name__}: {e} ({Path(place.filename).name}:{place.lineno})"
+            trajectory = Trajectory(self.task, (), None, None, "error", error=said, error_type="infra")
+        trajectory = replace(trajectory, attempts=max(1, self.attempt), numerics=self.numerics)
+        row = await asyncio.get_running_loop().run_in_executor(self.agents.scoring, self._scored, trajectory)
+        return await self.agents.journal.finish.remote(self.task.row_id, self.attempt, self.replica, row)
+
+    async def _begin(self):
+        begun = await self.agents.journal.begin.remote(self.task.row_id, "single", "start")
+        self.attempt = begun.attempt
+        return begun
+
+    async def _trajectory(self) -> Trajectory:
+        from actors.tools import Toolbox
+
+        toolbox = Toolbox(self.agents.tools, self.task, self.agents.cut, self.agents.threads)
+        transcript = preflight.transcript(
+            self.job.config, self.job.suite, self.agents.tools, self.agents.tokenizer, self.task
+        )
+        try:
+            return await Rollout(self.task, transcript, self._generate, toolbox, self.job.limits).run()
+        finally:
+            await toolbox.close()
+            await self._end()
+
+    async def _end(self) -> None:
+        with contextlib.suppress(RayError, RayServeException):  # its replica is gone, and the pages with it
+            await self._session().end.remote(self.task.row_id)
+
+    def _session(self) -> Any:
+        return self.agents.handle.options(session_id=self.task.row_id)
+
+    async def _generate(self, token_ids: Any, turn: Any) -> Generation:
+        """Call the replica; where it dies, record the attempt as failed and begin the next.
+
+        Raises:
+            EngineError: what the engine said of this call, or EngineDead after the last attempt.
+        """
+        sampling = self.job.config.sampling
+        drawn = Sampling(sampling.temperature, sampling.top_p, sampling.top_k, self.task.seed)
+        call = Call(self.task.row_id, tuple(token_ids), turn, drawn)
+        while True:
+            try:
+                reply = await self._session().generate.remote(call)
+            except EngineDead as e:
+                cause = e
+            except EngineError:
+                raise
+            except (RayError, RayServeException) as e:
+                cause = e
+            else:
+                self.replica, self.numerics = reply.replica, reply.numerics
+                return reply.generation
+            said = f"{type(cause).__name__}: {cause}".splitlines()[0]
+            await self.agents.journal.fail.remote(self.task.row_id, self.attempt, self.replica, said)
+            await asyncio.sleep(RETRY_S)
+            begun = await self._begin()
+            if begun.stop or begun.row is not None:
+                raise _Stopped
+            if begun.exhausted:
+                raise EngineDead(f"{begun.attempt} attempts ended without an answer; the last: {said}") from cause
+
+    def _scored(self, trajectory: Trajectory) -> dict[str, Any]:
+        from pipeline.scoring import score
+
+        scored = score(trajectory, self.agents.scorers, self.job.suite.primary)
+        return result_row(trajectory, scored=scored, run=self.job.facts, pool="single", rung="start")
+
+
+def _lost(task: Any, attempts: int) -> Trajectory:
+    said = f"{attempts} attempts ended with the death of their process"
+    return Trajectory(task, (), None, None, "error", error=said, error_type="infra")
+
+
+def start_ray(config: RunConfig) -> None:
+    """Join the cluster, or start a local one."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Workers look for modules in the driver's folder first: a user's own `pipeline/` there must not stand in for ours.
+    os.chdir(Path(__file__).resolve().parents[1])
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    runtime_env = config.ray.runtime_env
+    if config.ray.address is None:
+        for name, value in WORKER_ENV.items():
+            os.environ.setdefault(name, value)
+        # Logical CPUs: agents, tables and replicas share what is there; none may starve another.
+        options |= {"num_cpus": max(4, os.cpu_count() or 1), "include_dashboard": False}
+    else:
+        options["address"] = config.ray.address
+        runtime_env = runtime_env | {"env_vars": WORKER_ENV | runtime_env.get("env_vars", {})}
+    if runtime_env:
+        options["runtime_env"] = runtime_env
+    with _silent_stderr():
+        try:
+            ray.init(**options)
+        except ConnectionError as e:
+            raise InputError(f"no Ray cluster: {e}", field="ray.address", got=config.ray.address) from e
+    _quiet()
+
+
+def _quiet() -> None:
+    """Leave the screen to the run's own story; Ray's goes to its log files, its warnings to the logger `berth`."""
+    import ray._private.worker as worker
+
+    for name in ("ray", "ray.data", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # No option turns these off, and on stdout they would stand in the middle of `--json`.
+    worker.print_to_stdstream = lambda data, **_: log.info("ray: %s", data["lines"])
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Generator[None]:
+    """Drop what C++ code writes to stderr meanwhile; Python's exceptions are not affected."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def engine_spec(config: RunConfig) -> EngineSpec:
+    """What the config says of the engine."""
+    model, memory = config.model, config.memory
+
+    def number(value: int | str) -> int | None:
+        return None if isinstance(value, str) else value
+
+    return EngineSpec(
+        model=model.id,
+        engine=config.engine,
+        revision=model.revision,
+        adapter=model.adapter,
+        dtype=model.dtype,
+        quantization=model.quantization,
+        trust_remote_code=model.trust_remote_code,
+        max_model_len=model.max_model_len,
+        max_batch=number(memory.max_batch),
+        max_prefill_tokens=number(memory.max_prefill_tokens),
+        numerics=config.numerics,
+        budget_fraction=memory.budget_fraction,
+        gpu_memory_fraction=memory.gpu_memory_fraction,
+        kv_dtype=memory.kv_dtype,
+    )
+
+
+def app_name(out: str) -> str:
+    """Name of the run's Serve application."""
+    return "berth-" + hashlib.sha256(out.encode()).hexdigest()[:10]
+
+
+def deploy(config: RunConfig) -> tuple[Numerics, Capacity, int]:
+    """Start the replicas and wait for the first; (numerics, sizes of one, replicas)."""
+    from actors.replica import Replica
+
+    pool = config.pools["single"]
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    replicas = pool.replicas
+    scale: dict[str, Any]
+    if isinstance(replicas, ReplicaRange):
+        scale = {"autoscaling_config": {"min_replicas": replicas.min, "max_replicas": replicas.max}}
+        count = replicas.max
+    else:
+        count = max(1, gpus) if replicas == "auto" else replicas
+        scale = {"num_replicas": count}
+    wanted = pool.num_gpus if isinstance(pool.num_gpus, int) else min(1, gpus)
+    on_gpu = wanted > 0
+    if config.ray.address is None and wanted * count > gpus:
+        raise InputError(
+            f"{count} replicas want {wanted * count} GPUs",
+            field="pools.single.replicas",
+            got=count,
+            wants=f"{gpus} GPUs",
+        )
+    threads = 0 if on_gpu else max(1, (os.cpu_count() or 1) // count)
+    deployment: Any = serve.deployment(Replica)
+    deployment = deployment.options(
+        name="single",
+        max_ongoing_requests=100_000,
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=5,
+        ray_actor_options={"num_cpus": 1 if on_gpu else 0, "num_gpus": wanted} | _thread_env(threads),
+        request_router_config=RequestRouterConfig(
+            request_router_class=ROUTER,  # pyright: ignore[reportArgumentType]
+            request_router_kwargs={"num_fallback_replicas": 0},
+        ),
+        **scale,
+    )
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
+    name = app_name(config.out)
+    try:
+        handle = serve.run(deployment.bind(engine_spec(config), threads), name=name, route_prefix=None)
+    except RuntimeError as e:
+        raise _start_error(name) from e
+    numerics, capacity = handle.describe.remote().result()
+    return numerics, capacity, count
+
+
+def _thread_env(threads: int) -> dict[str, Any]:
+    """Ray starts a process that reserves no CPU with OMP_NUM_THREADS=1, which the engine's thread would keep."""
+    return {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}}} if threads else {}
+
+
+def _start_error(app: str) -> Exception:
+    """Why no replica started, in the words of the replica."""
+    status = serve.status().applications.get(app)
+    messages = [d.message for d in status.deployments.values()] if status else []
+    text = "\n".join(messages) or "no replica started"
+    last = [line for line in text.splitlines() if line.strip()]
+    for line in reversed(last):
+        head, _, rest = line.strip().partition(": ")
+        if head.rpartition(".")[2] in {"UnsupportedModel", "ModelUnavailable", "InputError"}:
+            return InputError(rest)
+    return Incomplete("no replica started:\n" + "\n".join(last[-15:]))
+
+
+def start_journal(config: RunConfig) -> Any:
+    """The journal's actor; beside this process where the run folder is a local one."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft="://" in config.out)
+    actor: Any = ray.remote(Journal)
+    return actor.options(
+        num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=10_000, scheduling_strategy=here
+    ).remote(config.out + "/journal", config.limits.max_attempts)
+
+
+def plan_agents(prepared: Prepared, capacity: Capacity, replicas: int) -> tuple[Job, int]:
+    """The job and the number of agent actors: enough trajectories at once to keep every replica's batch full
+    while a quarter of them wait for tools."""
+    config, limits = prepared.config, prepared.suite.config.limits
+    agents = max(1, min(8, int(ray.cluster_resources().get("CPU", 1)) // 8))
+    job = Job(
+        config=config,
+        suite=prepared.suite,
+        facts=prepared.facts,
+        limits=Limits(
+            max_steps=config.agent.max_steps or limits.max_steps,
+            trajectory_tokens=limits.trajectory_tokens,
+            context_tokens=capacity.max_model_len,
+        ),
+        app=app_name(config.out),
+        concurrent=max(1, -(-replicas * capacity.max_batch * 5 // (4 * agents))),
+    )
+    return job, agents
+
+
+def rollouts(job: Job, journal: Any, agents: int) -> None:
+    """Run the Ray Data job to its end; blocks."""
+    out = job.config.out
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = SLOW_MODEL_S
+    context.checkpoint_config = CheckpointConfig(
+        id_column="row_id", checkpoint_path=out + "/journal/checkpoint", delete_checkpoint_on_success=False
+    )
+    (
+        ray.data.read_parquet(out + "/tasks")
+        .repartition(target_num_rows_per_block=ROWS_PER_TASK)
+        .map_batches(
+            Agents,
+            fn_constructor_args=(job, journal),
+            compute=ActorPoolStrategy(size=agents, max_concurrent_calls_per_actor=CALLS_PER_AGENT),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=0.1,
+        )
+        .write_parquet(out + "/results", min_rows_per_file=ROWS_PER_FILE)
+    )
+
+
+def explained(failure: BaseException) -> Exception:
+    """What ended the Ray Data job, as the person who started it should hear it."""
+    cause: BaseException | None = failure
+    while cause is not None:
+        if isinstance(cause, InputError):
+            return InputError(str(cause).strip().splitlines()[-1])
+        cause = cause.__cause__
+    said = str(failure).strip().splitlines()[-1:] or [type(failure).__name__]
+    return Incomplete(f"the run stopped: {said[0]}\nrepeat the command to resume")
+
+
+def watch(journal: Any, report: Callable[[Progress], None], done: Callable[[], bool], stop_at: float | None):
+    """Report the journal's counts once a second until `done`; stop the run in good order at `stop_at`."""
+    while not done():
+        time.sleep(1)
+        try:
+            counts: Any = ray.get(journal.counts.remote(), timeout=10)
+            report(counts)
+        except RayError:
+            continue  # the journal is being restarted
+        if stop_at is not None and time.time() > stop_at:
+            with contextlib.suppress(RayError):
+                ray.get(journal.stop.remote(), timeout=10)

@@ -1,0 +1,365 @@
+"""One run from config to report: folder, manifest, rollouts, tables. Repeating it resumes it.
+
+Decides nothing about Ray (rollout.py) and nothing about columns (tables.py).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pyarrow.fs import FileType
+
+from actors.errors import Incomplete, InputError, RunConflict
+from pipeline import __version__
+from pipeline.config import RunConfig, dump
+from pipeline.console import Screen, duration, eta
+from pipeline.journal import Progress
+from pipeline.preflight import Prepared, identity
+from pipeline.report import summarize, write_report
+from pipeline.tables import (
+    ATTEMPTS,
+    REJECTS,
+    RESULTS,
+    TASKS,
+    count_rows,
+    filesystem,
+    read_bytes,
+    reject_row,
+    rows_to_table,
+    task_row,
+    write_bytes,
+    write_table,
+)
+
+MANIFEST_ROWS = 4096
+
+
+def execute(prepared: Prepared, screen: Screen) -> dict[str, Any]:
+    """Run to the end, or resume; the summary.
+
+    Raises:
+        RunConflict: the folder is in use, or holds another run.
+        Incomplete: stopped before the end; the same command resumes.
+    """
+    out, total = prepared.config.out, len(prepared.rows.tasks)
+    with locked(out):
+        info = open_folder(prepared)
+        done = count_rows(f"{out}/results", RESULTS)
+        if done == total and info.get("finished_at"):
+            screen.line("run", f"already complete: {total:,} rows in {out}; nothing to do")
+            return json.loads(read_bytes(f"{out}/summary.json") or b"{}") or summarize(out)
+        if done < total:
+            if done and not _exists(f"{out}/journal/checkpoint"):
+                raise RunConflict("results/ holds rows but their journal is gone", file=out, wants="another folder")
+            write_manifest(prepared)
+            roll_out(prepared, info, screen)
+        return finish(prepared, info)
+
+
+@contextmanager
+def locked(out: str) -> Generator[None]:
+    """Hold the run folder's lock; the system lets go of it when this process ends, however it ends."""
+    if "://" in out:
+        yield
+        return
+    path = Path(out) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as e:
+        raise InputError(f"not writable: {e.strerror}", field="out", got=out, wants="a folder to write to") from e
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            file.seek(0)
+            raise RunConflict(
+                f"another run is at work in this folder ({file.read().strip() or 'unknown process'})",
+                field="out",
+                got=out,
+                wants="wait for it, or another folder",
+            ) from e
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()} since {now()}\n")
+        file.flush()
+        yield
+
+
+def open_folder(prepared: Prepared) -> dict[str, Any]:
+    """run.json of this run: a new one, or the one there, if it is of the same run."""
+    path = f"{prepared.config.out}/run.json"
+    mine = identity(prepared)
+    found = read_bytes(path)
+    if found is None:
+        info = {
+            "berth": __version__,
+            "identity": mine,
+            "config": dump(prepared.config),
+            "suite": dump(prepared.suite.config),
+            "facts": {name: getattr(prepared.facts, name) for name in prepared.facts.__slots__},
+            "versions": versions(),
+            "commit": commit(),
+            "hardware": {"host": platform.node(), "cpus": os.cpu_count(), "machine": platform.machine()},
+            "started_at": now(),
+        }
+        try:
+            write_json(info, path)
+        except OSError as e:
+            raise InputError(f"not writable: {e}", field="out", got=prepared.config.out) from e
+        if prepared.rows.rejects:
+            rejects = [reject_row(r.file, r.line, r.field, r.reason, r.raw) for r in prepared.rows.rejects]
+            write_table(rows_to_table(rejects, REJECTS), f"{prepared.config.out}/rejects/rejects.parquet")
+        return info
+    info = run_info(prepared.config.out)
+    if info["identity"] != mine:
+        raise RunConflict(
+            "the folder holds another run:\n" + difference(info["identity"], mine),
+            file=prepared.config.out,
+            wants="the same config, or another folder with --out (for other scorers: berth score)",
+        )
+    return info
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+    """Dotted fields that differ, a line each."""
+    lines: list[str] = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            if text := difference(before, after, f"{prefix}{name}."):
+                lines.append(text)
+        elif before != after:
+            lines.append(f"  {prefix}{name}: was {before!r}, is now {after!r}")
+    return "\n".join(lines)
+
+
+def write_manifest(prepared: Prepared) -> None:
+    """The tasks as Parquet, once: Ray Data reads this, and resumes by it."""
+    out, tasks = prepared.config.out, prepared.rows.tasks
+    if count_rows(f"{out}/tasks", TASKS) == len(tasks):
+        return
+    for start in range(0, len(tasks), MANIFEST_ROWS):
+        rows = [task_row(task) for task in tasks[start : start + MANIFEST_ROWS]]
+        write_table(rows_to_table(rows, TASKS), f"{out}/tasks/tasks-{start // MANIFEST_ROWS:06d}.parquet")
+
+
+def _exists(uri: str) -> bool:
+    fs, path = filesystem(uri)
+    return fs.get_file_info(path).type != FileType.NotFound
+
+
+def roll_out(prepared: Prepared, info: dict[str, Any], screen: Screen) -> None:
+    """Start Ray and the replicas, roll out what is missing, stop them."""
+    import ray
+    from ray import serve
+
+    from pipeline import rollout
+
+    config = prepared.config
+    with exit_on_signal(screen):
+        started = time.monotonic()
+        screen.line("ray", "starting" if config.ray.address is None else f"joining {config.ray.address}")
+        rollout.start_ray(config)
+        app = None if config.ray.address is None else rollout.app_name(config.out)
+    with exit_on_signal(screen, app):  # again: Ray has put its own handlers in
+        try:
+            screen.line("model", f"loading {config.model.id} into the {config.engine} engine")
+            numerics, capacity, replicas = rollout.deploy(config)
+            screen.line(
+                "replicas",
+                f"{replicas} ready after {duration(time.monotonic() - started)}: {numerics.dtype}, attention "
+                f"{numerics.kernel}, context {capacity.max_model_len:,} tokens, batch {capacity.max_batch}",
+            )
+            info["numerics"] = {name: getattr(numerics, name) for name in numerics.__slots__}
+            info["gpus"] = int(ray.cluster_resources().get("GPU", 0))
+            write_json(info, f"{config.out}/run.json")
+            journal = rollout.start_journal(config)
+            job, agents = rollout.plan_agents(prepared, capacity, replicas)
+            _roll(lambda: rollout.rollouts(job, journal, agents), journal, prepared, screen, info["gpus"])
+            write_attempts(config.out, ray.get(journal.records.remote()))
+        finally:
+            serve.shutdown() if app is None else serve.delete(app)
+            ray.shutdown()
+
+
+def _roll(work: Any, journal: Any, prepared: Prepared, screen: Screen, gpus: int) -> None:
+    """Do the work in a thread and show progress beside it."""
+    from pipeline import rollout
+
+    config, total = prepared.config, len(prepared.rows.tasks)
+    failure: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException as e:
+            failure.append(e)
+
+    thread = threading.Thread(target=guarded, name="ray-data", daemon=True)
+    started = time.monotonic()
+    thread.start()
+    with screen.progress(total) as show:
+
+        def report(counts: Progress) -> None:
+            elapsed = time.monotonic() - started
+            done = counts.finished
+            mean = f"score {counts.score_sum / done:.3f}  " if done else ""
+            failed = f"{counts.failed} failed  " if counts.failed else ""
+            show(done, f"{counts.running} running  {mean}{failed}{eta(done, counts.resumed, total, elapsed)}")
+
+        hours = allowed_hours(config, gpus)
+        stop_at = None if hours is None else time.time() + hours * 3600
+        rollout.watch(journal, report, lambda: not thread.is_alive(), stop_at)
+    if failure:
+        raise rollout.explained(failure[0]) from failure[0]
+
+
+def allowed_hours(config: RunConfig, gpus: int) -> float | None:
+    """Hours until `max_hours` or `max_usd` is reached, whichever is sooner; None without a limit."""
+    limits, price = config.limits, config.price.usd_per_gpu_hour
+    found = [limits.max_hours] if limits.max_hours else []
+    if limits.max_usd and price:
+        found.append(limits.max_usd / (price * max(1, gpus)))
+    return min(found, default=None)
+
+
+def write_attempts(out: str, records: list[dict[str, Any]]) -> None:
+    """attempts/ from the journal: one row for each attempt that began."""
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for record in records:
+        key = (record["row_id"], record["attempt"])
+        at = datetime.fromtimestamp(record["at"], UTC)
+        if record["kind"] == "begin":
+            empty = dict.fromkeys(ATTEMPTS.names)
+            rows[key] = empty | {
+                "row_id": key[0],
+                "attempt": key[1],
+                "started_at": at,
+                "pool": record["pool"],
+                "rung": record["rung"],
+                "outcome": "lost",
+            }
+        elif key in rows and rows[key]["outcome"] == "lost":
+            rows[key] |= {
+                "ended_at": at,
+                "replica": record["replica"],
+                "outcome": record.get("status", "failed"),
+                "cause": record.get("cause"),
+                "lost_gpu_s": record.get("lost_gpu_s"),
+            }
+    write_table(rows_to_table(list(rows.values()), ATTEMPTS), f"{out}/attempts/attempts.parquet")
+
+
+def finish(prepared: Prepared, info: dict[str, Any]) -> dict[str, Any]:
+    """Count the rows, write run.json, summary.json and report.html, clear the journal."""
+    out, total = prepared.config.out, len(prepared.rows.tasks)
+    done = count_rows(f"{out}/results", RESULTS)
+    if done < total:
+        raise Incomplete(f"{done:,} of {total:,} rows are done; repeat the command to resume")
+    finished = info | {"finished_at": now()}
+    write_json(finished | {"finished_at": None}, f"{out}/run.json")
+    summary = write_report(out)
+    write_json(finished, f"{out}/run.json")
+    if _exists(f"{out}/journal"):
+        fs, path = filesystem(f"{out}/journal")
+        fs.delete_dir(path)
+    return summary
+
+
+@contextmanager
+def exit_on_signal(screen: Screen, app: str | None = None) -> Generator[None]:
+    """SIGTERM and SIGINT end the process at once with exit code 3: all that is finished is on storage.
+
+    Args:
+        app: a Serve application on a cluster that outlives this process, and is deleted first.
+    """
+
+    def leave(number: int, _: object) -> None:
+        screen.error(f"{signal.Signals(number).name}: stopped; repeat the command to resume")
+        if app is not None:
+            from ray import serve
+
+            deleting = threading.Thread(target=serve.delete, args=(app,), daemon=True)
+            deleting.start()
+            deleting.join(2)
+        os._exit(3)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_info(folder: str) -> dict[str, Any]:
+    """run.json of a run folder.
+
+    Raises:
+        InputError: there is none, or it is not what a run writes.
+    """
+    found = read_bytes(f"{folder}/run.json")
+    if found is None:
+        raise InputError("no run.json in it", field="folder", got=folder, wants="the run folder of a run")
+    try:
+        info = json.loads(found)
+    except ValueError as e:
+        raise InputError(f"not JSON: {e}", file=f"{folder}/run.json") from e
+    if not isinstance(info, dict) or not {"identity", "config", "suite"} <= info.keys():
+        raise InputError("not what a run writes", file=f"{folder}/run.json")
+    return info
+
+
+def existing(folder: str) -> str:
+    """The run folder, if it is one."""
+    run_info(folder)
+    return folder
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    names = ("ray", "torch", "transformers", "tokenizers", "flash-attn", "pyarrow", "pandas")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The commit of this checkout, `+` behind it where files differ; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def write_json(data: Any, uri: str) -> None:
+    """Readable JSON that appears whole or not at all."""
+    write_bytes((json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n").encode("utf-8"), uri)
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,76 @@
+"""An engine that answers from the prompt's last line, without a model: for what is not the model's business.
+
+Each trajectory searches twice and finishes at its third step. `BERTH_SCRIPT` (JSON) adds delays and faults.
+"""
+
+import asyncio
+import json
+import os
+import re
+import threading
+import time
+from concurrent.futures import Future
+
+from actors.engine.loader import load_tokenizer, resolve
+from actors.engine.protocol import Capacity, EngineSpec, Request
+from actors.messages import Generation, Numerics, Usage
+
+STEPS = 3
+
+
+class ScriptedEngine:
+    """Answers after `delay_s`; remembers nothing."""
+
+    dead: str | None = None
+
+    def __init__(self, spec: EngineSpec):
+        self.tokenizer = load_tokenizer(resolve(spec.model, spec.revision).folder)
+        self.numerics = Numerics("scripted", "none", "float32", "float32", "float32", 1, spec.revision or "", True)
+        self.script = json.loads(os.environ.get("BERTH_SCRIPT", "{}"))
+        self.answers: dict[int, tuple[int, ...]] = {}
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.running = 0
+
+    def submit(self, request: Request) -> Future[Generation]:
+        future: Future[Generation] = Future()
+        future.set_running_or_notify_cancel()
+        tail = self.tokenizer.decode(list(request.token_ids[-12:]))
+        found = re.findall(r"Thought (\d+):\s*$", tail)
+        step = int(found[-1]) if found else STEPS
+        if step not in self.answers:
+            action = f"Search[thing {step}]" if step < STEPS else "Finish[yes]"
+            text = f" I am at step {step}.\nAction {step}: {action}\n"
+            self.answers[step] = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        ids = self.answers[step]
+        if request.matcher is not None:
+            request.matcher(ids)
+        usage = Usage(len(request.token_ids), len(request.token_ids), 0, len(ids), batch_max=1, gpu_s=0.0)
+        answer = Generation(ids, "stop", usage)
+        if path := self.script.get("count"):
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(f"{request.sequence_id} {step}\n")
+        if delay_s := self.script.get("delay_s"):
+            self.loop.call_soon_threadsafe(self.loop.call_later, delay_s, future.set_result, answer)
+        else:
+            future.set_result(answer)
+        return future
+
+    def end(self, sequence_id: str) -> None:
+        pass
+
+    def capacity(self) -> Capacity:
+        return Capacity(max_model_len=8192, max_batch=self.script.get("max_batch", 64))
+
+    def shrink(self, max_batch: int) -> None:
+        pass
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+
+def build(spec: EngineSpec) -> ScriptedEngine:
+    started = time.monotonic()
+    engine = ScriptedEngine(spec)
+    assert time.monotonic() - started < 60
+    return engine

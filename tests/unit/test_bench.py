@@ -1,0 +1,69 @@
+"""The benchmarks run on a CPU with a tiny shape; their numbers mean nothing there."""
+
+import json
+
+import pytest
+
+from bench import engine_gpu, react_replay
+from bench.common import model_config
+
+
+def test_replay(tmp_path, capsys):
+    out = tmp_path / "made" / "replay.json"
+    react_replay.main(
+        "--shape tiny --device cpu --engines berth,hf_generate --trajectories 3 --repeats 2 --prefix 64 --generate 4 "
+        f"--max-batch 4 --out {out}".split()
+    )
+    document = json.loads(out.read_text())
+    assert set(document) == {"bench", "commit", "device", "versions", "workload", "results", "summary"}
+    berth, peer = ([row for row in document["results"] if row["engine"] == name] for name in ("berth", "hf_generate"))
+    assert [row["repeat"] for row in berth] == [row["repeat"] for row in peer] == [0, 1]
+    for mine, theirs in zip(berth, peer, strict=True):
+        assert mine["generated_tokens"] == theirs["generated_tokens"] == 4 * mine["calls"]
+        assert mine["prefilled_tokens"] + mine["reused_tokens"] == theirs["prefilled_tokens"]
+        assert mine["reused_tokens"] > theirs["reused_tokens"] == 0
+        assert 0 < mine["prefill_s"] + mine["decode_s"] <= mine["wall_s"]
+    for name in ("berth", "hf_generate"):
+        assert document["summary"][name]["median_generated_tok_s"] > 0
+        assert document["summary"][name]["ratio_to_limit"] > 0
+        assert document["summary"][name]["ratio_to_vllm"] is None
+    assert "ReAct replay" in capsys.readouterr().out
+
+
+def test_reference_work():
+    traces = react_replay.make_traces(256, 0)
+    assert sum(trace.calls for trace in traces) == 1546
+    assert traces[0].prompt[:1700] == traces[1].prompt[:1700]
+    assert {108 <= len(step) <= 298 for trace in traces for step in trace.steps} == {True}
+
+
+def test_limit():
+    traces = react_replay.make_traces(256, 0)
+    args = react_replay.parse(["--shape", "8b", "--device", "cuda"])
+    limit = react_replay.limit(traces, args, {"matrix_flop_s": 800e12, "copy_bytes_s": 3e12})
+    # 270,000 tokens of 7 billion parameters; 504 steps over 15 GB of weights and the rows' KV.
+    assert limit["limit_prefill_s"] == pytest.approx(2 * 7e9 * 271_000 / 800e12, rel=0.15)
+    assert limit["limit_decode_steps"] == 8 * 63
+    assert 504 * 15.1e9 / 3e12 < limit["limit_decode_s"] < 504 * 40e9 / 3e12
+    assert limit["limit_overlapped_s"] < limit["limit_s"]
+
+
+def test_kernel_class():
+    name = "void flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<128, 64, 128, 4, false, cutlass::bfloat16_t>>"
+    assert react_replay.kernel_class(name) == "attention"
+    assert react_replay.kernel_class("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_TNT") == "matrix product"
+
+
+def test_checks(tmp_path):
+    document = engine_gpu.main(
+        "--shape tiny --device cpu --prompts 4 --max-prompt 60 --tokens 12 --page-tokens 8 --calls 40 --pages 30 "
+        "--trajectories 2 --reuse-tokens 4 --reuse-page-tokens 64 --factors 0.5,1.5 "
+        f"--out {tmp_path}/checks.json".split()
+    )
+    assert document["summary"] == {"a": "ok", "b": "skipped", "c": "ok", "d": "skipped", "e": "ok"}
+    preempted = [result for result in document["results"] if result["name"].endswith("preempted")]
+    assert all(result["preemptions"] for result in preempted)
+
+
+def test_nothing_ends_early():
+    assert model_config("8b").eos_token_id is None

@@ -1,0 +1,133 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from actors.errors import InputError
+from pipeline.config import dump, load_run, schemas
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = {"suite": "s", "out": "o", "model": {"id": "m"}}
+
+
+def write(tmp_path: Path, data: object) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(data if isinstance(data, str) else yaml.safe_dump(data), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_is_valid(file):
+    assert load_run(file).model.id
+
+
+def test_paths_resolve_against_the_file_that_names_them(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    file = write(tmp_path / "sub", MINIMAL | {"data": "../rows.jsonl", "out": "s3://bucket/x"})
+    config = load_run(file)
+    assert config.suite == str(tmp_path / "sub" / "s")
+    assert config.data == str(tmp_path / "rows.jsonl")
+    assert config.out == "s3://bucket/x"
+    monkeypatch.chdir(tmp_path)
+    assert load_run(file, ["data=here.jsonl"]).data == str(tmp_path / "here.jsonl")
+
+
+def test_assignments_and_options_win_over_the_file(tmp_path):
+    file = write(tmp_path, MINIMAL | {"limit": 5, "sampling": {"temperature": 0.5}})
+    config = load_run(file, ["sampling.temperature=0.7", "agent.max_tokens.thought=9"], limit=3)
+    assert (config.sampling.temperature, config.agent.max_tokens.thought, config.limit) == (0.7, 9, 3)
+
+
+def test_dump_reads_back(tmp_path):
+    config = load_run(write(tmp_path, MINIMAL))
+    assert load_run(write(tmp_path, dump(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"limt": 3}, ["limt", "unknown field", "did you mean `limit`"]),
+        ({"model": {"id": "m", "dtyp": "auto"}}, ["model.dtyp", "did you mean `dtype`"]),
+        ({"agent": {"max_tokens": {"thougt": 1}}}, ["agent.max_tokens.thougt", "`thought`"]),
+        ({"limit": -1}, ["limit", "-1", "greater than 0"]),
+        ({"limit": "many"}, ["limit", "'many'", "valid integer"]),
+        ({"model": {"id": "m", "dtype": "float8"}}, ["model.dtype", "'float8'", "bfloat16"]),
+        ({"sampling": {"temperature": -0.1}}, ["sampling.temperature", "greater than or equal to 0"]),
+        ({"engine": "pagde"}, ["engine", "did you mean `paged`"]),
+        ({"fallback": ["smaller_bach"]}, ["fallback", "`smaller_batch`"]),
+        ({"limits": {"max_usd": 3}}, ["price.usd_per_gpu_hour"]),
+        ({"pools": {"single": {"replicas": 0}}}, ["pools.single.replicas"]),
+        ({"pools": {}}, ["pools"]),
+    ],
+)
+def test_a_wrong_field_is_named_with_what_it_wants(tmp_path, change, words):
+    file = write(tmp_path, MINIMAL | change)
+    with pytest.raises(InputError) as caught:
+        load_run(file)
+    for word in [str(file), *words]:
+        assert word in str(caught.value)
+
+
+def test_all_problems_stand_in_one_message(tmp_path):
+    with pytest.raises(InputError) as caught:
+        load_run(write(tmp_path, {"suite": "s", "limt": 3, "samples": 0}))
+    assert len(str(caught.value).splitlines()) == 4  # model and out missing, limt unknown, samples too small
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("suite: [", ["not YAML", "run.yaml:1"]),
+        ("- a", ["not a mapping"]),
+        ("", ["not a mapping"]),
+        ("a: 1\n b: 2", ["not YAML"]),
+    ],
+)
+def test_a_file_that_is_no_config(tmp_path, content, words):
+    with pytest.raises(InputError) as caught:
+        load_run(write(tmp_path, content))
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        load_run(tmp_path / "none.yaml")
+    with pytest.raises(InputError, match="is a folder"):
+        load_run(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("suite: caf\xe9".encode("latin-1"))
+    with pytest.raises(InputError, match="not UTF-8 at byte 10"):
+        load_run(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize("text", ["limit", "=3", "a..b=1", "suite.x=1", "model.id=["])
+def test_a_wrong_assignment_is_refused(tmp_path, text):
+    with pytest.raises(InputError, match="--set"):
+        load_run(write(tmp_path, MINIMAL), [text])
+
+
+def test_committed_schemas_are_current():
+    for name, schema in schemas().items():
+        committed = json.loads((ROOT / "schemas" / name).read_text(encoding="utf-8"))
+        assert committed == schema, "run: python -m pipeline schemas"
+
+
+def test_every_field_is_described():
+    def walk(schema: dict) -> list[str]:
+        parts = [schema, *schema.get("$defs", {}).values()]
+        return [
+            f
+            for part in parts
+            for f, v in part.get("properties", {}).items()
+            if not ("description" in v or "$ref" in v)
+        ]
+
+    assert [name for schema in schemas().values() for name in walk(schema)] == []
+
+
+def test_config_loads_no_torch():
+    code = "import sys, pipeline.config, pipeline.suite; print('torch' in sys.modules or 'ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

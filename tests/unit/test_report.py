@@ -1,0 +1,313 @@
+import datetime as dt
+import json
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from actors.errors import InputError
+from actors.messages import Numerics, Step, Task, Trajectory, Usage
+from pipeline import tables
+from pipeline.report import compare, summarize, write_report
+from pipeline.scoring import Scored
+from pipeline.tables import ATTEMPTS, REJECTS, RESULTS, TASKS, RunFacts, result_row, rows_to_table, task_row
+
+FACTS = RunFacts("hotpotqa", 1, "d4a0", "p", "c", "t", "exact_match@1 f1@2")
+NUMERICS = Numerics(
+    "paged", "flash_attn", "bfloat16", "bfloat16", "bfloat16", 1, "12fd25f77366fa6b3b4b768ec3050bf6", False
+)
+EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7*7 }}</pre>\u202e $x^2$"
+START = dt.datetime(2026, 3, 1, tzinfo=dt.UTC)
+
+
+def trajectory(i: int, *, kind: str, sample: int = 0, text: str = "") -> Trajectory:
+    rng = np.random.default_rng(i)
+    hops = ("bridge", "comparison")[i % 2]
+    task = Task(f"q{i}", sample, f"Question {i} {text}", ("yes",), {"type": hops, "doc": f"d{i // 3}"}, {"id": i}, i)
+    steps = tuple(
+        Step(f"I think {text}", f"Search[{text}]", "search", "{}", f"seen {text}", 60, 0.4, 90, 500)
+        for _ in range(int(rng.integers(2, 8)))
+    )
+    n = len(steps)
+    usage = Usage(700 * n, 90 * n, 500 * n, 60 * n, 2**20 * 30 * n, 32, 0, 0.2 * n, 0.1 * n, 0.9 * n, 0.05 * n)
+    if kind in ("infra", "model"):
+        return Trajectory(
+            task, steps, None, None, "error", error=f"node lost {text}", error_type=kind, usage=usage, attempts=3
+        )
+    answer = {"right": "yes", "wrong": f"no {text}", "none": None}[kind]
+    stop = "finish" if answer else "step_limit"
+    return Trajectory(
+        task,
+        steps,
+        answer,
+        answer,
+        stop,
+        tool_calls=n,
+        prompt_tokens=700 * n,
+        usage=usage,
+        tool_s=0.3 * n,
+        numerics=NUMERICS,
+    )
+
+
+def store(
+    folder: Path, trajectories: list[Trajectory], *, expected: int | None = None, text: str = "", **facts: object
+):
+    rows, manifest = [], []
+    for t in trajectories:
+        right = float(t.answer == "yes")
+        scored = Scored(right, {"exact_match": right, "f1": max(right, 0.4 if t.answer else 0.0)})
+        if t.answer is None and t.error_type:
+            scored = Scored(0.0, {})
+        rows.append(
+            result_row(t, scored=scored, run=FACTS, pool="single", rung="base", predicted_peak_bytes=2**20 * 150)
+        )
+        manifest.append(task_row(t.task))
+    manifest += [{**manifest[0], "row_id": f"open{i}/0"} for i in range((expected or len(rows)) - len(rows))]
+    attempt = dict.fromkeys(ATTEMPTS.names)
+    attempts = [
+        {
+            **attempt,
+            "row_id": t.task.row_id,
+            "attempt": 1,
+            "started_at": START + dt.timedelta(seconds=i),
+            "ended_at": START + dt.timedelta(seconds=i + 60),
+            "outcome": "failed" if t.error_type else "ok",
+            "cause": t.error,
+            "lost_gpu_s": 1.0 if t.error_type else None,
+        }
+        for i, t in enumerate(trajectories)
+    ]
+    tables.write_table(rows_to_table(rows, RESULTS), folder / "results" / "0.parquet")
+    tables.write_table(rows_to_table(manifest, TASKS), folder / "tasks" / "0.parquet")
+    tables.write_table(rows_to_table(attempts, ATTEMPTS), folder / "attempts" / "0.parquet")
+    run = {
+        "suite": {
+            "name": "hotpotqa",
+            "primary": "exact_match",
+            "scorers": ["exact_match", "f1"],
+            "report_by": ["type"],
+        },
+        "config": {"model": {"id": f"Org/Model {text}", "revision": "12fd"}, "seed": 0},
+        "versions": {"torch": "2.11", "ray": text or "2.60"},
+        **facts,
+    }
+    (folder / "run.json").write_text(json.dumps(run))
+    return folder
+
+
+def mixed(n: int, text: str = "") -> list[Trajectory]:
+    kinds = np.random.default_rng(0).choice(
+        ["right", "wrong", "none", "infra", "model"], n, p=[0.4, 0.4, 0.1, 0.06, 0.04]
+    )
+    return [trajectory(i, kind=str(kind), text=text) for i, kind in enumerate(kinds)]
+
+
+class Page(HTMLParser):
+    """Tags and addresses of a page, as a browser would see them."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.handlers: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+
+
+def assert_harmless(page: str):
+    seen = Page(page)
+    assert not {"script", "img", "iframe", "link", "object", "form"} & set(seen.tags)
+    assert not seen.handlers
+    assert all(address.startswith("#") for address in seen.addresses)
+    assert not re.search(r"url\((?!#)", page)
+    assert "@import" not in page
+
+
+def test_summary_of_a_mixed_run(tmp_path: Path):
+    run = mixed(100)
+    summary = summarize(store(tmp_path, run))
+    right = sum(t.answer == "yes" for t in run)
+    infra = sum(t.error_type == "infra" for t in run)
+    assert summary["score"]["mean"] == pytest.approx(right / 100)
+    assert summary["score"]["method"] == "Wilson"
+    assert summary["score_without_infra"]["mean"] == pytest.approx(right / (100 - infra))
+    assert (summary["rows"]["infra"], summary["rows"]["failed"]) == (infra, sum(bool(t.error_type) for t in run))
+    assert summary["error_types"]["infra"] == infra
+    assert summary["complete"] is True
+    assert list(summary["metrics"]) == ["exact_match", "f1"]
+    assert summary["metrics"]["exact_match"] == summary["score"]
+    assert summary["metrics"]["f1"]["n"] == 100
+    groups = summary["groups"]["type"]["values"]
+    assert sorted(group["value"] for group in groups) == ["bridge", "comparison"]
+    assert sum(group["n"] for group in groups) == 100
+    assert summary["reuse"]["reused_fraction"] == pytest.approx(500 / 590)
+    assert summary["throughput"]["wall_s"] == 159
+    assert summary["attempts"]["lost_gpu_s"] == summary["rows"]["failed"]
+    assert summary["memory"]["rows"] == 100
+    assert 0 < summary["memory"]["above_predicted_fraction"] < 1
+    assert summary["numerics"][0]["engine"] == "paged"
+    assert sum(line["rows"] for line in summary["numerics"]) == 100
+    json.dumps(summary, allow_nan=False)
+
+
+def test_the_report_is_written_whole_and_the_same_twice(tmp_path: Path):
+    store(tmp_path, mixed(60))
+    summary = write_report(tmp_path)
+    first = (tmp_path / "report.html").read_bytes()
+    write_report(str(tmp_path) + "/")
+    assert (tmp_path / "report.html").read_bytes() == first
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary == summarize(tmp_path)
+    page = first.decode()
+    assert_harmless(page)
+    assert page.count("<details>") == 10
+    assert "failed through infrastructure" in page
+    assert "revision: 12fd" in page
+
+
+def test_hostile_text_stays_text(tmp_path: Path):
+    run = mixed(40, text=EVIL)
+    long = trajectory(999, kind="wrong", text="<script>" + "x" * 100_000)
+    wide = trajectory(998, kind="model", text=EVIL)
+    store(tmp_path, [*run, long, wide], text=EVIL)
+    facts = json.loads((tmp_path / "run.json").read_text())
+    facts["suite"]["report_by"] = ["type", EVIL]
+    facts |= {"commit": EVIL, "hardware": {EVIL: EVIL}}
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert_harmless(page)
+    assert "<script" not in page.lower()
+    assert "&lt;script&gt;" in page
+    assert "{{ 7*7 }}" in page
+    assert "\u202e" not in page
+
+
+def test_a_long_observation_is_cut_with_a_note(tmp_path: Path):
+    store(tmp_path, [trajectory(1, kind="wrong", text="y" * 100_000)])
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "98,005 more characters; the whole is in results/" in page
+    assert len(page) < 120_000
+
+
+def test_a_run_without_anything(tmp_path: Path):
+    summary = write_report(tmp_path)
+    assert summary["score"]["mean"] is None
+    assert summary["complete"] is False
+    assert "No finished rows yet" in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_in_which_all_failed(tmp_path: Path):
+    store(tmp_path, [trajectory(i, kind="infra") for i in range(5)], expected=8)
+    summary = write_report(tmp_path)
+    assert (summary["score"]["mean"], summary["score"]["n"]) == (0.0, 5)
+    assert summary["score_without_infra"]["mean"] is None
+    assert (summary["rows"]["missing"], summary["complete"]) == (3, False)
+    page = (tmp_path / "report.html").read_text()
+    assert "Incomplete" in page
+    assert "5 of 5 rows failed through infrastructure" in page
+
+
+def test_wall_time_from_run_json_where_attempts_are_absent(tmp_path: Path):
+    store(tmp_path, mixed(4), started_at="2026-03-01T00:00:00+00:00", finished_at="2026-03-01T00:02:00+00:00")
+    (tmp_path / "attempts" / "0.parquet").unlink()
+    found = summarize(tmp_path)["throughput"]
+    assert (found["wall_s"], found["rows_per_hour"]) == (120.0, pytest.approx(120))
+
+
+def test_one_row_and_a_bare_run_json(tmp_path: Path):
+    store(tmp_path, [trajectory(1, kind="right")])
+    (tmp_path / "run.json").write_text('{"suite": "hotpotqa", "config": {"model": null}}')
+    summary = write_report(tmp_path)
+    assert (summary["primary"], summary["score"]["mean"], summary["score"]["n"]) == ("score", 1.0, 1)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(InputError, match=r"run\.json: not JSON"):
+        summarize(tmp_path)
+
+
+def test_unscored_rows_count_as_zero_and_are_told(tmp_path: Path):
+    run = [trajectory(i, kind="right") for i in range(4)]
+    rows = [result_row(t, scored=Scored(1.0, {"cite": 1.0}), run=FACTS, pool=None, rung=None) for t in run[:3]] + [
+        result_row(run[3], scored=Scored(None, {}, "scorer cite: KeyError"), run=FACTS, pool=None, rung=None)
+    ]
+    tables.write_table(rows_to_table(rows, RESULTS), tmp_path / "results" / "0.parquet")
+    tables.write_table(
+        rows_to_table([tables.reject_row("f.jsonl", 1, None, "not JSON", "{")], REJECTS),
+        tmp_path / "rejects" / "0.parquet",
+    )
+    summary = write_report(tmp_path)
+    assert summary["score"]["mean"] == 0.75
+    assert summary["metrics"]["cite"]["mean"] == 0.75
+    assert (summary["rows"]["unscored"], summary["rows"]["rejected"]) == (1, 1)
+    assert "could not be scored" in (tmp_path / "report.html").read_text()
+
+
+def test_samples_of_a_task_are_a_cluster_and_give_pass_at_k(tmp_path: Path):
+    run = [
+        trajectory(i, kind="right" if i % 3 == sample else "wrong", sample=sample)
+        for i in range(12)
+        for sample in range(4)
+    ]
+    summary = summarize(store(tmp_path, run))
+    assert (summary["score"]["n"], summary["score"]["clusters"]) == (48, 12)
+    assert summary["score"]["method"] == "Wilson, clustered"
+    assert summary["pass_at_k"]["1"]["mean"] == pytest.approx(0.25)
+    assert summary["pass_at_k"]["4"]["mean"] == pytest.approx(1.0)
+    assert list(summary["pass_at_k"]) == ["1", "2", "4"]
+
+
+def test_cluster_by_a_column(tmp_path: Path):
+    suite = {"primary": "exact_match", "cluster_by": "doc"}
+    summary = summarize(store(tmp_path, mixed(30), suite=suite))
+    assert summary["score"]["clusters"] == 10
+
+
+def test_many_groups_are_cut_and_told(tmp_path: Path):
+    suite = {"primary": "exact_match", "report_by": ["doc", "nothing"]}
+    summary = summarize(store(tmp_path, mixed(120), suite=suite))
+    assert len(summary["groups"]["doc"]["values"]) == 30
+    assert summary["groups"]["doc"]["not_shown"] == 10
+    assert [group["value"] for group in summary["groups"]["nothing"]["values"]] == [""]
+
+
+def test_the_environment_is_not_shown(tmp_path: Path):
+    config = {"ray": {"runtime_env": {"env_vars": {"WIKI_TOKEN": "s3cret"}, "pip": ["x"]}}}
+    write_report(store(tmp_path, mixed(3), config=config))
+    page = (tmp_path / "report.html").read_text()
+    assert "WIKI_TOKEN" in page
+    assert "s3cret" not in page
+
+
+def test_two_runs_are_compared_on_what_they_share(tmp_path: Path):
+    a = store(tmp_path / "a", [trajectory(i, kind="wrong") for i in range(10)])
+    b = store(tmp_path / "b", [trajectory(i, kind="right" if i < 8 else "wrong") for i in range(12)])
+    found = compare(a, b)
+    assert (found["only_a"], found["only_b"], found["difference"]["n"]) == (0, 8, 10)
+    assert found["difference"]["mean"] == pytest.approx(0.8)
+    assert found["p_value"] == pytest.approx(2 / 2**8)
+    assert (found["rows_only_in_a"], found["rows_only_in_b"]) == (0, 2)
+
+
+def test_a_hundred_thousand_rows(tmp_path: Path):
+    store(tmp_path, mixed(1000))
+    table = pa.concat_tables([tables.read_results(tmp_path / "results")] * 20)
+    for i in range(5):
+        number = pc.cast(pa.array(range(i * 20_000, (i + 1) * 20_000)), pa.string())
+        ids = pc.binary_join_element_wise(table["row_id"], number, "/")
+        copy = table.set_column(0, RESULTS.field("row_id"), ids).cast(RESULTS)
+        tables.write_table(copy, tmp_path / "results" / f"{i}.parquet")
+    begin = time.perf_counter()
+    summary = write_report(tmp_path)
+    assert summary["rows"]["finished"] == 100_000
+    assert time.perf_counter() - begin < 60  # 3 s on an idle core
+    assert len((tmp_path / "report.html").read_bytes()) < 500_000

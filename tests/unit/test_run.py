@@ -1,0 +1,93 @@
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pytest
+
+from actors.errors import InputError, RunConflict
+from pipeline import run as module
+from pipeline.config import RunConfig
+from pipeline.run import allowed_hours, difference, locked, run_info, write_attempts
+from pipeline.tables import ATTEMPTS, read_table
+
+
+def config(**changes):
+    return RunConfig.model_validate({"suite": "s", "out": "o", "model": {"id": "m"}} | changes)
+
+
+def test_difference_names_fields():
+    old, new = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 9}, "d": 3, "e": None, "f": 0}
+    assert difference(old, new).splitlines() == ["  a.c: was 2, is now 9", "  f: was None, is now 0"]
+
+
+def test_limits_of_time_and_money():
+    assert allowed_hours(config(), 4) is None
+    assert allowed_hours(config(limits={"max_hours": 3}), 4) == 3
+    priced = config(limits={"max_hours": 3, "max_usd": 8}, price={"usd_per_gpu_hour": 2})
+    assert allowed_hours(priced, 4) == 1
+    assert allowed_hours(priced, 0) == 3
+
+
+def test_a_lock_is_held_once_and_let_go_of(tmp_path):
+    out = str(tmp_path / "out")
+    with locked(out), pytest.raises(RunConflict, match="another run is at work"), locked(out):
+        pass
+    with locked(out):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="not writable"), locked(str(tmp_path / "file" / "out")):
+        pass
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", None])
+def test_a_folder_that_is_no_run_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    with pytest.raises(InputError, match=r"run\.json"):
+        run_info(str(tmp_path))
+
+
+def test_attempts_tell_what_became_of_each(tmp_path):
+    def record(kind, attempt, **more):
+        place = {"pool": "single", "rung": "start"} if kind == "begin" else {"replica": "r"}
+        return {"kind": kind, "row_id": "a/0", "attempt": attempt, "at": 1.0 + attempt} | place | more
+
+    write_attempts(
+        str(tmp_path),
+        [
+            record("begin", 1),
+            record("fail", 1, cause="ActorDiedError: gone"),
+            record("begin", 2),
+            record("begin", 3),
+            record("fail", 3, cause="EngineDead: dead"),
+            record("finish", 3, status="failed"),
+            record("begin", 4),
+            record("finish", 4, status="ok"),
+        ],
+    )
+    rows = read_table(tmp_path / "attempts", ATTEMPTS).to_pylist()
+    assert [(row["outcome"], row["cause"]) for row in rows] == [
+        ("failed", "ActorDiedError: gone"),
+        ("lost", None),
+        ("failed", "EngineDead: dead"),
+        ("ok", None),
+    ]
+
+
+def test_rows_without_their_journal_are_not_run_again(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    prepared = SimpleNamespace(config=config(out=str(out)), rows=SimpleNamespace(tasks=[1, 2, 3]))
+    monkeypatch.setattr(module, "open_folder", lambda prepared: {})
+    monkeypatch.setattr(module, "count_rows", lambda folder, schema: 2)
+    with pytest.raises(RunConflict, match="journal is gone"):
+        module.execute(prepared, SimpleNamespace(line=lambda *_: None))
+
+
+def test_all_rows_without_a_summary_only_need_the_report(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    prepared = SimpleNamespace(config=config(out=str(out)), rows=SimpleNamespace(tasks=[1, 2, 3]))
+    monkeypatch.setattr(module, "open_folder", lambda prepared: {"identity": {}, "config": {}, "suite": {}})
+    monkeypatch.setattr(module, "count_rows", lambda folder, schema: 3)
+    monkeypatch.setattr(module, "write_report", lambda out: {"rows": pa.scalar(3).as_py()})
+    monkeypatch.setattr(module, "roll_out", lambda *_: pytest.fail("nothing is left to roll out"))
+    assert module.execute(prepared, SimpleNamespace(line=lambda *_: None)) == {"rows": 3}
+    assert run_info(str(out))["finished_at"]
