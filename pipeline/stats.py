@@ -80,7 +80,8 @@ def interval(
 ) -> Interval:
     """Mean of a metric over rows, with a two-sided confidence interval.
 
-    0/1 values get Wilson's interval (which stands at 0 % and 100 % too), others Student's t. Where rows share a
+    0/1 values get Wilson's interval (which stands at 0 % and 100 % too), others Student's t (cut to 0..1 where all
+    values lie in there). Where rows share a
     cluster (samples of one task, questions on one document) the error is the clustered one, and 0/1 values get
     Wilson's interval at the effective sample size, adjusted for few clusters (Korn & Graubard 1998).
 
@@ -114,7 +115,10 @@ def interval(
     if se is None:
         return made(None, None, "too few values")
     half = _t(count, confidence) * se
-    return made(mean - half, mean + half, "t" if count == len(x) else "t, clustered")
+    low, high = mean - half, mean + half
+    if x.min() >= 0 and x.max() <= 1:
+        low, high = max(0.0, low), min(1.0, high)
+    return made(low, high, "t" if count == len(x) else "t, clustered")
 
 
 def standard_error(values: Values, clusters: Clusters | None = None) -> float | None:

@@ -181,3 +181,11 @@ def test_pass_at_k_where_it_is_not_known():
         pass_at_k([1], [1], 0)
     with pytest.raises(ValueError, match="correct"):
         pass_at_k([1], [2], 1)
+
+
+def test_the_interval_of_shares_stays_within_0_and_1():
+    found = interval([0.0] * 19 + [0.9])
+    assert found.low == 0.0
+    assert found.high is not None
+    assert found.high > 0.045
+    assert interval([0.0] * 19 + [2.0]).low < 0
