@@ -1,22 +1,25 @@
 """The ReAct loop (Yao et al. 2022, arXiv:2210.03629): Thought, Action, Observation, until an answer.
 
-Receives `generate` as a callable and tools as a Toolbox. Knows no engine, no Ray, no storage and no scores.
+Receives `generate` and `call_tool` as callables. Knows no engine, no Ray, no storage and no scores.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from actors.actions import Action
 from actors.errors import ContextOverflow, EngineError
 from actors.formats import Format
 from actors.messages import Generation, Step, StopReason, Task, Trajectory, Turn, Usage
-from actors.tools import Toolbox
+from actors.tools import ToolResult
 
 Generate = Callable[[Sequence[int], Turn], Awaitable[Generation]]
+CallTool = Callable[[str, Mapping[str, Any]], Awaitable[ToolResult]]
+"""(name, arguments) → result; a tool's failure is a result, never raised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +73,11 @@ class _Tally:
 class Rollout:
     """One trajectory being rolled out. `run` is called once."""
 
-    def __init__(self, task: Task, transcript: Format, generate: Generate, toolbox: Toolbox, limits: Limits):
+    def __init__(self, task: Task, transcript: Format, generate: Generate, call_tool: CallTool, limits: Limits):
         self.task = task
         self.transcript = transcript
         self.generate = generate
-        self.toolbox = toolbox
+        self.call_tool = call_tool
         self.limits = limits
         self.steps: list[Step] = []
         self.total = _Tally()
@@ -136,7 +139,7 @@ class Rollout:
 
     async def _act(self, action: Action) -> str:
         self.tool_calls += 1
-        result = await self.toolbox.call(action.tool or "", action.arguments or {})
+        result = await self.call_tool(action.tool or "", action.arguments or {})
         self.tool_s += result.seconds
         if result.error is not None:
             self.tool_errors += 1

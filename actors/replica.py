@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,9 +64,10 @@ class Replica:
             generation = replace(generation, finish_reason="stage")
         return Reply(generation, self.id, self.engine.numerics)
 
-    async def end(self, row_id: str) -> None:
-        """Free what the engine keeps for a trajectory."""
-        self.engine.end(row_id)
+    async def end(self, row_ids: Sequence[str]) -> None:
+        """Free what the engine keeps for these trajectories."""
+        for row_id in row_ids:
+            self.engine.end(row_id)
 
     async def describe(self) -> tuple[Numerics, Capacity]:
         """Under which numerics this replica computes, and its sizes."""

@@ -60,14 +60,30 @@ def spoken(screen: Screen) -> Generator[None]:
 
 
 @app.command()
-def run(config: Config, sets: Sets = None, limit: Limit = None, out: Out = None, as_json: Json = False) -> None:
+def run(
+    config: Config,
+    sets: Sets = None,
+    limit: Limit = None,
+    out: Out = None,
+    retry_failed: Annotated[
+        str | None,
+        typer.Option(help="Do failed rows again: `all`, or types of error as `infra,tool`; their attempts are kept."),
+    ] = None,
+    force_new: Annotated[
+        bool, typer.Option("--force-new", help="Where the folder holds another run, start beside it: DIR-2, DIR-3, …")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Run a suite, or resume it: repeat the same command. On a finished run it changes nothing."""
     screen = Screen(quiet_stdout=as_json)
     with spoken(screen):
-        from pipeline.run import execute
+        from pipeline.run import beside, error_types, execute
 
+        retry = error_types(retry_failed)
         prepared = _prepare(screen, load_run(config, sets or (), limit=limit, out=out))
-        summary = execute(prepared, screen)
+        if force_new:
+            prepared = beside(prepared)
+        summary = execute(prepared, screen, retry)
         _tell(screen, prepared.config.out, summary, as_json)
 
 

@@ -160,6 +160,9 @@ class RunConfig(Part):
         "same_precision", description="what to do when memory runs out"
     )
     pools: dict[str, Pool] = Field(default_factory=lambda: {"single": Pool()}, description="Serve deployments")
+    journal: Literal["rows", "steps"] = Field(
+        default="rows", description="what survives a crash: finished rows, or each step of unfinished ones as well"
+    )
     ray: RayConfig = Field(default_factory=RayConfig, description="where the cluster is")
     limits: LimitsConfig = Field(default_factory=LimitsConfig, description="when to stop trying")
     price: Price = Field(default_factory=Price, description="what a GPU costs")

@@ -14,6 +14,7 @@ import os
 import time
 import uuid
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 
 COMMIT_S = 0.1
 MERGE_OBJECTS = 64
+ALONE_WAIT_S = 1.0
+AWAY_S = 600.0
+"""How long an object store may be away; a local disk that refuses a write ends the run at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +40,16 @@ class Begin:
         row: the finished result row, where there is one: emit it, compute nothing.
         stop: the run is stopping; do not start.
         exhausted: too many attempts of this session ended without an outcome; record the row as failed.
+        wait_s: not now: ask again after this many seconds.
+        events: what earlier attempts did, oldest first (`journal: steps`); see `actors.replay`.
     """
 
     attempt: int
     row: dict[str, Any] | None = None
     stop: bool = False
     exhausted: bool = False
+    wait_s: float | None = None
+    events: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(slots=True)
@@ -58,6 +66,15 @@ class Progress:
     reused_tokens: int = 0
     stopping: bool = False
 
+    def count(self, result: Mapping[str, Any], sign: int = 1) -> None:
+        """Add a finished row, or take one out."""
+        self.finished += sign
+        self.failed += sign * (result["status"] == "failed")
+        self.score_sum += sign * (result["score"] or 0.0)
+        self.generated_tokens += sign * (result["generated_tokens"] or 0)
+        self.prefilled_tokens += sign * (result["prefilled_tokens"] or 0)
+        self.reused_tokens += sign * (result["reused_tokens"] or 0)
+
 
 @dataclass(slots=True)
 class _Row:
@@ -69,6 +86,8 @@ class _Row:
     """Object, offset and length of the finished row's line."""
     finishing: asyncio.Future[None] | None = None
     """Set while the finished row is on its way to storage."""
+    events: tuple[dict[str, Any], ...] = ()
+    next_event: int = 0
 
 
 class Journal:
@@ -78,9 +97,10 @@ class Journal:
         uri: folder of the objects: local path, s3:// or gs://.
         max_attempts: attempts of one row that may end without an outcome (their agent or replica died)
             in this session. A run that was killed and resumed starts this count again.
+        attempts: attempts that rows had before this journal, by row id.
     """
 
-    def __init__(self, uri: str, max_attempts: int = 3):
+    def __init__(self, uri: str, max_attempts: int = 3, attempts: Mapping[str, int] | None = None):
         self.fs, self.folder = filesystem(uri)
         self.fs.create_dir(self.folder, recursive=True)
         self.max_attempts = max_attempts
@@ -88,9 +108,13 @@ class Journal:
         self.rows: dict[str, _Row] = defaultdict(_Row)
         self.progress = Progress()
         self.objects: list[str] = []
+        self._alone: str | None = None
+        self._rows_in: dict[str, list[_Row]] = defaultdict(list)
         self._pending: list[tuple[bytes, dict[str, Any]]] = []
         self._flushed: asyncio.Future[None] | None = None
         self._flusher: asyncio.Task[None] | None = None
+        for row_id, count in (attempts or {}).items():
+            self.rows[row_id].attempts = count
         for record, place in self._read_all():
             self._apply(record, place)
             if place[0] not in self.objects:
@@ -113,32 +137,49 @@ class Journal:
     def _apply(self, record: dict[str, Any], place: tuple[str, int, int] | None) -> None:
         row = self.rows[record["row_id"]]
         row.attempts = max(row.attempts, record["attempt"])
-        if record["kind"] != "finish" or row.place is not None:
-            return
-        row.place = place
-        result = record["row"]
-        self.progress.finished += 1
-        self.progress.failed += result["status"] == "failed"
-        self.progress.score_sum += result["score"] or 0.0
-        self.progress.generated_tokens += result["generated_tokens"] or 0
-        self.progress.prefilled_tokens += result["prefilled_tokens"] or 0
-        self.progress.reused_tokens += result["reused_tokens"] or 0
+        match record["kind"]:
+            case "event" if row.place is None and record["n"] == len(row.events):  # a merge may leave two copies
+                row.events += (record["event"],)
+            case "finish" if row.place is None and place is not None:
+                row.place, row.events = place, ()
+                self.progress.count(record["row"])
+                if "-merged" not in place[0]:
+                    self._rows_in[place[0]].append(row)
+            case "reopen" if row.place is not None:
+                self.progress.count(self._read(row.place), -1)
+                row.place = None
+            case _:
+                pass
 
     async def begin(self, row_id: str, pool: str, rung: str) -> Begin:
-        """Record the start of an attempt; returns when it is durable."""
+        """Record the start of an attempt; returns when it is durable.
+
+        The last attempt of a row runs alone among such attempts: a row that kills its replica every time takes
+        its neighbours with it twice, but they get a turn without it.
+        """
         row = self.rows[row_id]
         if (finished := await self._finished(row)) is not None:
             return Begin(row.attempts, row=finished)
         if self.progress.stopping:
             return Begin(row.attempts, stop=True)
         if row.lost_here >= self.max_attempts:
+            self._release(row_id)
             return Begin(row.attempts, exhausted=True)
+        if row.lost_here and row.lost_here == self.max_attempts - 1:
+            if self._alone not in (None, row_id):
+                return Begin(row.attempts, wait_s=ALONE_WAIT_S)
+            self._alone = row_id
         row.attempts += 1
         row.lost_here += 1
         self.progress.running += 1
         attempt = row.attempts
         await self._append({"kind": "begin", "row_id": row_id, "attempt": attempt, "pool": pool, "rung": rung})
-        return Begin(attempt)
+        row.next_event = len(row.events)  # what an earlier attempt still had under way is on storage by now
+        return Begin(attempt, events=row.events)
+
+    def _release(self, row_id: str) -> None:
+        if self._alone == row_id:
+            self._alone = None
 
     async def _finished(self, row: _Row) -> dict[str, Any] | None:
         if row.finishing is not None:
@@ -150,9 +191,18 @@ class Journal:
         except FileNotFoundError:  # merged meanwhile: the place has moved
             return await asyncio.to_thread(self._read, row.place)
 
+    async def event(self, row_id: str, attempt: int, event: dict[str, Any]) -> None:
+        """Record what an attempt did; returns when it is durable. An attempt that has a successor is not heard."""
+        row = self.rows[row_id]
+        if attempt == row.attempts:
+            record = {"kind": "event", "row_id": row_id, "attempt": attempt, "n": row.next_event, "event": event}
+            row.next_event += 1
+            await self._append(record)
+
     async def fail(self, row_id: str, attempt: int, replica: str, cause: str, lost_gpu_s: float | None = None) -> None:
         """Record that an attempt failed for reasons of infrastructure; its row is not finished."""
         self.progress.running -= 1
+        self._release(row_id)
         await self._append(
             {
                 "kind": "fail",
@@ -164,8 +214,8 @@ class Journal:
             }
         )
 
-    async def finish(self, row_id: str, attempt: int, replica: str, result: dict[str, Any]) -> dict[str, Any]:
-        """Record a finished row; returns the row that counts when it is durable.
+    async def finish(self, row_id: str, attempt: int, replica: str, result: dict[str, Any]) -> dict[str, Any] | None:
+        """Record a finished row; returns when it is durable: None, or the row that counts in its place.
 
         Where another attempt of the row finished first, that one counts and this one is dropped.
         """
@@ -173,6 +223,7 @@ class Journal:
         if (finished := await self._finished(row)) is not None:
             return finished
         self.progress.running -= 1
+        self._release(row_id)
         record = {
             "kind": "finish",
             "row_id": row_id,
@@ -182,7 +233,20 @@ class Journal:
             "row": result,
         }
         await self._append(record, row)
-        return result
+        return None
+
+    async def do(self, requests: Sequence[tuple[str, tuple[Any, ...]]]) -> list[Any]:
+        """Several of the above at once, (name, arguments) each: their answers, in order."""
+        return await asyncio.gather(*(getattr(self, name)(*arguments) for name, arguments in requests))
+
+    async def reopen(self, row_ids: Sequence[str]) -> None:
+        """Take rows as not finished: they are to be done again."""
+        await asyncio.gather(
+            *(
+                self._append({"kind": "reopen", "row_id": row_id, "attempt": self.rows[row_id].attempts})
+                for row_id in row_ids
+            )
+        )
 
     async def stop(self) -> None:
         """Start no further row."""
@@ -220,7 +284,7 @@ class Journal:
             assert waiting is not None
             name = f"{self.folder}/{time.time_ns():020d}-{self.session}.jsonl"
             try:
-                await asyncio.to_thread(write_whole, self.fs, name, b"".join(line for line, _ in batch))
+                await self._write(name, b"".join(line for line, _ in batch))
             except OSError as e:
                 waiting.set_exception(e)
                 waiting.exception()
@@ -241,14 +305,26 @@ class Journal:
                 except OSError as e:  # more objects than need be; the next commit tries again
                     log.warning("journal objects could not be merged: %s", e)
 
+    async def _write(self, name: str, content: bytes) -> None:
+        until = time.monotonic() + (0 if isinstance(self.fs, fs.LocalFileSystem) else AWAY_S)
+        while True:
+            try:
+                return await asyncio.to_thread(write_whole, self.fs, name, content)
+            except OSError as e:
+                if time.monotonic() >= until:
+                    raise
+                log.warning("the journal could not be written and tries again: %s", e)
+                await asyncio.sleep(1)
+
     async def _merge(self) -> None:
         """Put small objects together, so that their number grows with the rows and not with the time."""
         small = [path for path in self.objects if "-merged" not in path]
         name = f"{small[-1].removesuffix('.jsonl')}-merged.jsonl"
         starts = await asyncio.to_thread(self._concatenate, small, name)
-        for row in self.rows.values():
-            if row.place is not None and row.place[0] in starts:
-                row.place = (name, starts[row.place[0]] + row.place[1], row.place[2])
+        for path in small:
+            for row in self._rows_in.pop(path, ()):
+                if row.place is not None and row.place[0] == path:
+                    row.place = (name, starts[path] + row.place[1], row.place[2])
         self.objects = [path for path in self.objects if path not in starts] + [name]
         for path in small:
             await asyncio.to_thread(self.fs.delete_file, path)
@@ -269,7 +345,8 @@ class Journal:
         found: dict[tuple[str, int, str], dict[str, Any]] = {}
         for record, _ in self._read_all():
             record.pop("row", None)
-            found[record["row_id"], record["attempt"], record["kind"]] = record
+            if record["kind"] in ("begin", "fail", "finish"):
+                found[record["row_id"], record["attempt"], record["kind"]] = record
         return list(found.values())
 
 

@@ -14,7 +14,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Generator, Mapping
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,8 +38,9 @@ from actors.engine.protocol import Capacity, EngineSpec
 from actors.errors import EngineDead, EngineError, Incomplete, InputError
 from actors.messages import Call, Generation, Numerics, Sampling, Trajectory
 from pipeline import preflight
+from pipeline.batched import Batched
 from pipeline.config import ReplicaRange, RunConfig
-from pipeline.journal import Journal, Progress
+from pipeline.journal import Begin, Journal, Progress
 from pipeline.preflight import Prepared
 from pipeline.suite import Suite
 from pipeline.tables import RESULTS, RunFacts, result_row, rows_to_table, task_from_row
@@ -49,6 +51,7 @@ ROWS_PER_TASK = 16
 ROWS_PER_FILE = 256
 CALLS_PER_AGENT = 64
 RETRY_S = 1.0
+BATCH_S = 0.005
 WORKER_ENV = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # or agents, which have no GPU, would see all of them
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # the manifest has few files; 32 processes cost a minute to start
@@ -93,6 +96,28 @@ class Agents:
         self.scoring = ThreadPoolExecutor(2, "scoring")
         self.handle: DeploymentHandle = serve.get_app_handle(job.app)
         self.running: asyncio.Semaphore | None = None
+        self._journal = Batched(self._send_journal, BATCH_S)
+        self._endings = Batched(self._send_endings, 10 * BATCH_S)
+
+    def record(self, name: str, *arguments: Any) -> asyncio.Future[Any]:
+        """Ask the journal; see its methods."""
+        return self._journal((name, arguments))
+
+    async def _send_journal(self, requests: Sequence[Any]) -> Sequence[Any]:
+        return await self.journal.do.remote(requests)
+
+    def end(self, row_id: str, replica: str) -> None:
+        """Let the replica free what it keeps for a trajectory, soon."""
+        self._endings((row_id, replica))
+
+    async def _send_endings(self, requests: Sequence[Any]) -> Sequence[Any]:
+        ended: dict[str, list[str]] = defaultdict(list)
+        for row_id, replica in requests:
+            ended[replica].append(row_id)
+        for row_ids in ended.values():
+            with contextlib.suppress(RayError, RayServeException):  # the replica is gone, and the pages with it
+                await self.handle.options(session_id=row_ids[0]).end.remote(row_ids)
+        return requests
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """One table of finished rows for each table of manifest rows; rows that a stop kept back are left out."""
@@ -103,8 +128,13 @@ class Agents:
 
     async def _row(self, manifest: dict[str, Any]) -> dict[str, Any] | None:
         assert self.running is not None
-        async with self.running:
-            return await Attempts(self, manifest).run()
+        row = Attempts(self, manifest)
+        while True:
+            async with self.running:
+                begun = await row.begin()
+                if begun.wait_s is None:
+                    return await row.run(begun)
+            await asyncio.sleep(begun.wait_s)
 
     def cut(self, text: str, max_tokens: int) -> str:
         """`text`, or its beginning of `max_tokens` tokens."""
@@ -127,15 +157,20 @@ class Attempts:
         self.replica = ""
         self.numerics: Numerics | None = None
 
-    async def run(self) -> dict[str, Any] | None:
+    async def begin(self) -> Begin:
+        """Ask the journal for the next attempt."""
+        begun = await self.agents.record("begin", self.task.row_id, "single", "start")
+        self.attempt = begun.attempt
+        return begun
+
+    async def run(self, begun: Begin) -> dict[str, Any] | None:
         """The row that counts; None where the run is stopping."""
-        begun = await self._begin()
         if begun.row is not None or begun.stop:
             return begun.row
         try:
-            trajectory = _lost(self.task, begun.attempt) if begun.exhausted else await self._trajectory()
+            trajectory = _lost(self.task, begun.attempt) if begun.exhausted else await self._trajectory(begun)
         except _Stopped:
-            return (await self._begin()).row
+            return (await self.begin()).row
         except Exception as e:  # one row's fault must not be the run's: it stands on the row, with its place
             log.exception("row %s", self.task.row_id)
             place = traceback.extract_tb(e.__traceback__)[-1]
@@ -143,29 +178,29 @@ class Attempts:
             trajectory = Trajectory(self.task, (), None, None, "error", error=said, error_type="infra")
         trajectory = replace(trajectory, attempts=max(1, self.attempt), numerics=self.numerics)
         row = await asyncio.get_running_loop().run_in_executor(self.agents.scoring, self._scored, trajectory)
-        return await self.agents.journal.finish.remote(self.task.row_id, self.attempt, self.replica, row)
+        counts = await self.agents.record("finish", self.task.row_id, self.attempt, self.replica, row)
+        return counts or row
 
-    async def _begin(self):
-        begun = await self.agents.journal.begin.remote(self.task.row_id, "single", "start")
-        self.attempt = begun.attempt
-        return begun
-
-    async def _trajectory(self) -> Trajectory:
+    async def _trajectory(self, begun: Begin) -> Trajectory:
+        from actors.replay import Replayed
         from actors.tools import Toolbox
 
         toolbox = Toolbox(self.agents.tools, self.task, self.agents.cut, self.agents.threads)
         transcript = preflight.transcript(
             self.job.config, self.job.suite, self.agents.tools, self.agents.tokenizer, self.task
         )
+        generate, call_tool = self._generate, toolbox.call
+        if self.job.config.journal == "steps":
+            replayed = Replayed(generate, toolbox, begun.events, self._event)
+            generate, call_tool = replayed.generate, replayed.call
         try:
-            return await Rollout(self.task, transcript, self._generate, toolbox, self.job.limits).run()
+            return await Rollout(self.task, transcript, generate, call_tool, self.job.limits).run()
         finally:
             await toolbox.close()
-            await self._end()
+            self.agents.end(self.task.row_id, self.replica)
 
-    async def _end(self) -> None:
-        with contextlib.suppress(RayError, RayServeException):  # its replica is gone, and the pages with it
-            await self._session().end.remote(self.task.row_id)
+    def _event(self, event: dict[str, Any]) -> asyncio.Future[None]:
+        return self.agents.record("event", self.task.row_id, self.attempt, event)
 
     def _session(self) -> Any:
         return self.agents.handle.options(session_id=self.task.row_id)
@@ -192,9 +227,10 @@ class Attempts:
                 self.replica, self.numerics = reply.replica, reply.numerics
                 return reply.generation
             said = f"{type(cause).__name__}: {cause}".splitlines()[0]
-            await self.agents.journal.fail.remote(self.task.row_id, self.attempt, self.replica, said)
+            await self.agents.record("fail", self.task.row_id, self.attempt, self.replica, said)
             await asyncio.sleep(RETRY_S)
-            begun = await self._begin()
+            while (begun := await self.begin()).wait_s is not None:
+                await asyncio.sleep(begun.wait_s)
             if begun.stop or begun.row is not None:
                 raise _Stopped
             if begun.exhausted:
@@ -357,13 +393,17 @@ def _start_error(app: str) -> Exception:
     return Incomplete("no replica started:\n" + "\n".join(last[-15:]))
 
 
-def start_journal(config: RunConfig) -> Any:
-    """The journal's actor; beside this process where the run folder is a local one."""
+def start_journal(config: RunConfig, attempts: Mapping[str, int]) -> Any:
+    """The journal's actor; beside this process where the run folder is a local one.
+
+    Args:
+        attempts: of rows that are done again, by row id.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft="://" in config.out)
     actor: Any = ray.remote(Journal)
     return actor.options(
         num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=10_000, scheduling_strategy=here
-    ).remote(config.out + "/journal", config.limits.max_attempts)
+    ).remote(config.out + "/journal", config.limits.max_attempts, attempts)
 
 
 def plan_agents(prepared: Prepared, capacity: Capacity, replicas: int) -> tuple[Job, int]:

@@ -14,12 +14,14 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from pyarrow.fs import FileType
 
 from actors.errors import Incomplete, InputError, RunConflict
@@ -29,6 +31,7 @@ from pipeline.console import Screen, duration, eta
 from pipeline.journal import Progress
 from pipeline.preflight import Prepared, identity
 from pipeline.report import summarize, write_report
+from pipeline.resume import attempts_so_far, failed_rows, reconcile, reopen, write_checkpoint
 from pipeline.tables import (
     ATTEMPTS,
     REJECTS,
@@ -37,6 +40,7 @@ from pipeline.tables import (
     count_rows,
     filesystem,
     read_bytes,
+    read_table,
     reject_row,
     rows_to_table,
     task_row,
@@ -47,8 +51,11 @@ from pipeline.tables import (
 MANIFEST_ROWS = 4096
 
 
-def execute(prepared: Prepared, screen: Screen) -> dict[str, Any]:
+def execute(prepared: Prepared, screen: Screen, retry: Collection[str] | None = None) -> dict[str, Any]:
     """Run to the end, or resume; the summary.
+
+    Args:
+        retry: do failed rows of these error types again (all types: empty); None leaves them.
 
     Raises:
         RunConflict: the folder is in use, or holds another run.
@@ -57,13 +64,18 @@ def execute(prepared: Prepared, screen: Screen) -> dict[str, Any]:
     out, total = prepared.config.out, len(prepared.rows.tasks)
     with locked(out):
         info = open_folder(prepared)
-        done = count_rows(f"{out}/results", RESULTS)
-        if done == total and info.get("finished_at"):
+        if retry is not None:
+            again = failed_rows(out, retry)
+            screen.line("retry", f"{len(again):,} failed rows are done again")
+            if again:
+                info |= {"finished_at": None}
+                write_json(info, f"{out}/run.json")
+                reopen(out, again)
+        done = reconcile(out, lambda said: screen.line("damaged", said))
+        if len(done) == total and info.get("finished_at"):
             screen.line("run", f"already complete: {total:,} rows in {out}; nothing to do")
             return json.loads(read_bytes(f"{out}/summary.json") or b"{}") or summarize(out)
-        if done < total:
-            if done and not _exists(f"{out}/journal/checkpoint"):
-                raise RunConflict("results/ holds rows but their journal is gone", file=out, wants="another folder")
+        if len(done) < total:
             write_manifest(prepared)
             roll_out(prepared, info, screen)
         return finish(prepared, info)
@@ -128,9 +140,29 @@ def open_folder(prepared: Prepared) -> dict[str, Any]:
         raise RunConflict(
             "the folder holds another run:\n" + difference(info["identity"], mine),
             file=prepared.config.out,
-            wants="the same config, or another folder with --out (for other scorers: berth score)",
+            wants="the same config, another folder with --out, or --force-new (for other scorers: berth score)",
         )
     return info
+
+
+def beside(prepared: Prepared) -> Prepared:
+    """The run in its own folder, or in the first of DIR-2, DIR-3, … that is free or holds this very run."""
+    out, count = prepared.config.out, 1
+    while read_bytes(f"{out}/run.json") is not None and run_info(out)["identity"] != identity(prepared):
+        count += 1
+        out = f"{prepared.config.out}-{count}"
+    return replace(prepared, config=prepared.config.model_copy(update={"out": out}))
+
+
+def error_types(text: str | None) -> tuple[str, ...] | None:
+    """`--retry-failed`: the named types, none of them for `all`; None where it was not given."""
+    if text is None or text == "all":
+        return None if text is None else ()
+    names = tuple(part.strip() for part in text.split(","))
+    for name in names:
+        if name not in ("model", "tool", "infra"):
+            raise InputError("no such type of error", field="--retry-failed", got=name, wants="all, model, tool, infra")
+    return names
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
@@ -186,17 +218,21 @@ def roll_out(prepared: Prepared, info: dict[str, Any], screen: Screen) -> None:
             info["numerics"] = {name: getattr(numerics, name) for name in numerics.__slots__}
             info["gpus"] = int(ray.cluster_resources().get("GPU", 0))
             write_json(info, f"{config.out}/run.json")
-            journal = rollout.start_journal(config)
+            done = reconcile(config.out, lambda said: screen.line("damaged", said))
+            write_checkpoint(config.out, done)
+            journal = rollout.start_journal(config, attempts_so_far(config.out, done))
             job, agents = rollout.plan_agents(prepared, capacity, replicas)
-            _roll(lambda: rollout.rollouts(job, journal, agents), journal, prepared, screen, info["gpus"])
+            _roll(lambda: rollout.rollouts(job, journal, agents), journal, len(done), prepared, screen, info["gpus"])
             write_attempts(config.out, ray.get(journal.records.remote()))
         finally:
             serve.shutdown() if app is None else serve.delete(app)
             ray.shutdown()
 
 
-def _roll(work: Any, journal: Any, prepared: Prepared, screen: Screen, gpus: int) -> None:
-    """Do the work in a thread and show progress beside it."""
+def _roll(work: Any, journal: Any, before: int, prepared: Prepared, screen: Screen, gpus: int) -> None:
+    """Do the work in a thread and show progress beside it; `before` rows are in results/ already."""
+    import ray
+
     from pipeline import rollout
 
     config, total = prepared.config, len(prepared.rows.tasks)
@@ -210,6 +246,9 @@ def _roll(work: Any, journal: Any, prepared: Prepared, screen: Screen, gpus: int
 
     thread = threading.Thread(target=guarded, name="ray-data", daemon=True)
     started = time.monotonic()
+    # A run that was finished has left its journal; rows that are done again have a new one.
+    counted: Any = ray.get(journal.counts.remote())
+    elsewhere = max(0, before - counted.resumed)
     thread.start()
     with screen.progress(total) as show:
 
@@ -218,7 +257,8 @@ def _roll(work: Any, journal: Any, prepared: Prepared, screen: Screen, gpus: int
             done = counts.finished
             mean = f"score {counts.score_sum / done:.3f}  " if done else ""
             failed = f"{counts.failed} failed  " if counts.failed else ""
-            show(done, f"{counts.running} running  {mean}{failed}{eta(done, counts.resumed, total, elapsed)}")
+            left = eta(elsewhere + done, elsewhere + counts.resumed, total, elapsed)
+            show(elsewhere + done, f"{counts.running} running  {mean}{failed}{left}")
 
         hours = allowed_hours(config, gpus)
         stop_at = None if hours is None else time.time() + hours * 3600
@@ -237,30 +277,42 @@ def allowed_hours(config: RunConfig, gpus: int) -> float | None:
 
 
 def write_attempts(out: str, records: list[dict[str, Any]]) -> None:
-    """attempts/ from the journal: one row for each attempt that began."""
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    """attempts/ from the journal, beside what is there: one row for each attempt that began."""
+    begun: dict[tuple[str, int], dict[str, Any]] = {}
+    ended: dict[tuple[str, int], dict[str, Any]] = {}
     for record in records:
         key = (record["row_id"], record["attempt"])
-        at = datetime.fromtimestamp(record["at"], UTC)
         if record["kind"] == "begin":
-            empty = dict.fromkeys(ATTEMPTS.names)
-            rows[key] = empty | {
-                "row_id": key[0],
-                "attempt": key[1],
-                "started_at": at,
-                "pool": record["pool"],
-                "rung": record["rung"],
-                "outcome": "lost",
-            }
-        elif key in rows and rows[key]["outcome"] == "lost":
-            rows[key] |= {
-                "ended_at": at,
-                "replica": record["replica"],
-                "outcome": record.get("status", "failed"),
-                "cause": record.get("cause"),
-                "lost_gpu_s": record.get("lost_gpu_s"),
-            }
-    write_table(rows_to_table(list(rows.values()), ATTEMPTS), f"{out}/attempts/attempts.parquet")
+            begun[key] = record
+        else:
+            ended.setdefault(key, record)
+    empty = dict.fromkeys(ATTEMPTS.names)
+
+    def row(key: tuple[str, int]) -> dict[str, Any]:
+        start, end = begun[key], ended.get(key, {})
+        return empty | {
+            "row_id": key[0],
+            "attempt": key[1],
+            "started_at": datetime.fromtimestamp(start["at"], UTC),
+            "ended_at": datetime.fromtimestamp(end["at"], UTC) if end else None,
+            "pool": start["pool"],
+            "rung": start["rung"],
+            "replica": end.get("replica"),
+            "outcome": end.get("status", "failed") if end else "lost",
+            "cause": end.get("cause"),
+            "lost_gpu_s": end.get("lost_gpu_s"),
+        }
+
+    before = read_table(f"{out}/attempts", ATTEMPTS)
+    known = begun.keys()
+    old = [key not in known for key in zip(*(before[name].to_pylist() for name in ("row_id", "attempt")), strict=True)]
+    keys = list(known)
+    parts = [before.filter(pa.array(old, pa.bool_()))]
+    parts += [
+        rows_to_table([row(key) for key in keys[start : start + MANIFEST_ROWS]], ATTEMPTS)
+        for start in range(0, len(keys), MANIFEST_ROWS)
+    ]
+    write_table(pa.concat_tables(parts), f"{out}/attempts/attempts.parquet")
 
 
 def finish(prepared: Prepared, info: dict[str, Any]) -> dict[str, Any]:

@@ -366,9 +366,13 @@ def count_rows(folder: str | Path, schema: pa.Schema) -> int:
     return open_table(folder, schema).count_rows()
 
 
-def write_table(table: pa.Table, uri: str | Path) -> None:
-    """Write one Parquet file that appears whole or not at all; parents are made, an older file is replaced."""
-    with _whole(uri) as stream:
+def write_table(table: pa.Table, uri: str | Path, on: pafs.FileSystem | None = None) -> None:
+    """Write one Parquet file that appears whole or not at all; parents are made, an older file is replaced.
+
+    Args:
+        on: the filesystem that `uri` is a path of; None where `uri` names it.
+    """
+    with _whole(uri, on) as stream:
         pq.write_table(table, stream, compression="zstd")
 
 
@@ -388,9 +392,9 @@ def read_bytes(uri: str | Path) -> bytes | None:
 
 
 @contextmanager
-def _whole(uri: str | Path) -> Generator[pa.NativeFile]:
+def _whole(uri: str | Path, on: pafs.FileSystem | None = None) -> Generator[pa.NativeFile]:
     """A stream whose file appears when the block ends well."""
-    fs, path = filesystem(uri)
+    fs, path = (on, str(uri)) if on is not None else filesystem(uri)
     if not isinstance(fs, pafs.LocalFileSystem):
         # Closing an upload half-way publishes it, so it is opened once the content is known.
         buffer = pa.BufferOutputStream()

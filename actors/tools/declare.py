@@ -70,6 +70,7 @@ class Tool:
         timeout_s: seconds a call may take.
         max_tokens: tokens of the result that the model gets to see.
         idempotent: a call may be repeated after a failure without harm.
+        stateful: one instance a trajectory, whose later calls may depend on earlier ones.
         env: environment variables that the tool reads.
         options: what configured it, for `tools_sha`.
         files: files whose content decides what it does, for `tools_sha`.
@@ -84,6 +85,7 @@ class Tool:
     timeout_s: float = 30.0
     max_tokens: int = 512
     idempotent: bool = False
+    stateful: bool = False
     env: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     files: tuple[Path, ...] = ()
@@ -175,6 +177,7 @@ def declare(
         arguments=arguments,
         make=make,
         is_async=inspect.iscoroutinefunction(call),
+        stateful=is_class,
         **limits,
     )
 
@@ -190,6 +193,7 @@ def declare_method(owner: type, method: str, *, field: str, make: Callable[[Task
         make=make,
         method=method,
         is_async=inspect.iscoroutinefunction(call),
+        stateful=True,
         **limits,
     )
 

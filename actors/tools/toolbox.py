@@ -132,10 +132,14 @@ class Toolbox:
         self._threads = threads
         self._instances: dict[Callable[[Task], object], object] = {}
 
+    def find(self, name: str) -> Tool | None:
+        """The tool of this name (without case)."""
+        return self._tools.get(name.strip().casefold())
+
     async def call(self, name: str, arguments: Mapping[str, Any]) -> ToolResult:
         """Call a tool by name (without case). Never raises for a tool's failure; see ToolResult."""
         start = time.perf_counter()
-        tool = self._tools.get(name.strip().casefold())
+        tool = self.find(name)
         if tool is None:
             names = ", ".join(tool.name for tool in self._tools.values())
             text = self._bounded(f"There is no tool {name!r}. Tools: {names or 'none'}.", 64, ())

@@ -39,7 +39,7 @@ async def test_the_first_finish_counts(tmp_path):
     await journal.begin("a/0", "p", "r")
     await journal.begin("a/0", "p", "r")
     rows = await asyncio.gather(*(journal.finish("a/0", n, "r", ROW | {"answer": str(n)}) for n in (1, 2)))
-    assert rows[0] == rows[1]
+    assert sorted(row is None for row in rows) == [False, True]  # the first counts, the second is told so
     assert journal.progress.finished == 1
 
 
@@ -92,7 +92,7 @@ async def test_a_write_that_fails_fails_its_callers_and_only_them(tmp_path, monk
         with pytest.raises(OSError, match="No space"):
             await journal.finish("a/0", 1, "r", ROW)
     assert journal.progress.finished == 0
-    assert await journal.finish("a/0", 1, "r", ROW) == ROW
+    assert await journal.finish("a/0", 1, "r", ROW) is None
     assert journal.progress.finished == 1
 
 
@@ -114,7 +114,7 @@ async def test_a_merge_that_fails_holds_nobody_up(tmp_path, monkeypatch):
         patch.setattr(journal, "_concatenate", broken)
         for n in range(6):
             await asyncio.wait_for(journal.begin(f"{n}/0", "p", "r"), 5)
-    assert (await asyncio.wait_for(journal.finish("0/0", 1, "r", ROW), 5)) == ROW
+    assert (await asyncio.wait_for(journal.finish("0/0", 1, "r", ROW), 5)) is None
     assert Journal(str(tmp_path / "j")).progress.finished == 1
 
 
@@ -126,4 +126,61 @@ async def test_a_begin_beside_it_does_not_unmark_a_finish_on_its_way(tmp_path):
     await asyncio.sleep(0.015)  # its batch is being written
     rows = await asyncio.gather(*(journal.finish("a/0", n, "r", ROW | {"answer": str(n)}) for n in (1, 2)))
     await third
-    assert rows[0] == rows[1]
+    assert sorted(row is None for row in rows) == [False, True]  # the first counts, the second is told so
+
+
+async def test_the_last_attempt_runs_alone(tmp_path):
+    journal = Journal(str(tmp_path / "j"), max_attempts=3)
+    for _ in range(2):
+        for row in ("killer", "victim"):
+            await journal.begin(row, "p", "r")
+    assert (await journal.begin("killer", "p", "r")).attempt == 3
+    assert (await journal.begin("victim", "p", "r")).wait_s
+    assert (await journal.begin("new", "p", "r")).wait_s is None
+    assert (await journal.begin("killer", "p", "r")).exhausted  # it killed once more
+    await journal.finish("killer", 3, "", ROW)
+    begun = await journal.begin("victim", "p", "r")
+    assert (begun.attempt, begun.wait_s) == (3, None)
+    await journal.finish("victim", 3, "", ROW)
+
+
+async def test_events_survive_and_are_told_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MERGE_OBJECTS", 2)
+    journal = Journal(str(tmp_path / "j"))
+    await journal.begin("a/0", "p", "r")
+    for n in range(5):
+        await journal.event("a/0", 1, {"n": n})
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "j").iterdir()}
+    for name, content in kept.items():  # a merge that was interrupted leaves objects that the merged one holds too
+        (tmp_path / "j" / f"0{name}").write_bytes(content)
+    again = Journal(str(tmp_path / "j"))
+    begun = await again.begin("a/0", "p", "r")
+    assert (begun.attempt, begun.events) == (2, tuple({"n": n} for n in range(5)))
+    await again.event("a/0", 1, {"late": True})  # the first attempt is fenced
+    await again.event("a/0", 2, {"n": 5})
+    third = await again.begin("a/0", "p", "r")
+    assert third.events == tuple({"n": n} for n in range(6))
+    await again.finish("a/0", 3, "r", ROW)
+    assert not Journal(str(tmp_path / "j")).rows["a/0"].events
+
+
+async def test_an_object_store_that_is_away_is_waited_for(tmp_path, monkeypatch):
+    journal = Journal(str(tmp_path / "j"))
+    journal.fs = module.fs.SubTreeFileSystem("/", journal.fs)  # so that the disk counts as a store
+    real, failures = module.write_whole, [OSError("away")] * 2
+
+    def flaky(*arguments: object) -> None:
+        if failures:
+            raise failures.pop()
+        real(*arguments)
+
+    monkeypatch.setattr(module, "write_whole", flaky)
+    await journal.begin("a/0", "p", "r")
+    assert not failures
+
+
+async def test_several_at_once(tmp_path):
+    journal = Journal(str(tmp_path / "j"))
+    first, second = await journal.do([("begin", ("a/0", "p", "r")), ("begin", ("b/0", "p", "r"))])
+    assert (first.attempt, second.attempt) == (1, 1)
+    assert await journal.do([("finish", ("a/0", 1, "r", ROW))]) == [None]

@@ -1,12 +1,14 @@
+import json
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 
-from actors.errors import InputError, RunConflict
+from actors.errors import Incomplete, InputError, RunConflict
 from pipeline import run as module
 from pipeline.config import RunConfig
-from pipeline.run import allowed_hours, difference, locked, run_info, write_attempts
+from pipeline.run import allowed_hours, difference, error_types, locked, run_info, write_attempts
 from pipeline.tables import ATTEMPTS, read_table
 
 
@@ -46,11 +48,12 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, content):
         run_info(str(tmp_path))
 
 
-def test_attempts_tell_what_became_of_each(tmp_path):
-    def record(kind, attempt, **more):
-        place = {"pool": "single", "rung": "start"} if kind == "begin" else {"replica": "r"}
-        return {"kind": kind, "row_id": "a/0", "attempt": attempt, "at": 1.0 + attempt} | place | more
+def record(kind, attempt, **more):
+    place = {"pool": "single", "rung": "start"} if kind == "begin" else {"replica": "r"}
+    return {"kind": kind, "row_id": "a/0", "attempt": attempt, "at": 1.0 + attempt} | place | more
 
+
+def test_attempts_tell_what_became_of_each(tmp_path):
     write_attempts(
         str(tmp_path),
         [
@@ -73,21 +76,58 @@ def test_attempts_tell_what_became_of_each(tmp_path):
     ]
 
 
-def test_rows_without_their_journal_are_not_run_again(tmp_path, monkeypatch):
+def test_only_what_is_missing_is_rolled_out(tmp_path, monkeypatch):
     out = tmp_path / "out"
     prepared = SimpleNamespace(config=config(out=str(out)), rows=SimpleNamespace(tasks=[1, 2, 3]))
-    monkeypatch.setattr(module, "open_folder", lambda prepared: {})
-    monkeypatch.setattr(module, "count_rows", lambda folder, schema: 2)
-    with pytest.raises(RunConflict, match="journal is gone"):
+    rolled = []
+    monkeypatch.setattr(module, "open_folder", lambda prepared: {"identity": {}, "config": {}, "suite": {}})
+    monkeypatch.setattr(module, "reconcile", lambda *_: {"a/0", "b/0"})
+    monkeypatch.setattr(module, "write_manifest", lambda *_: None)
+    monkeypatch.setattr(module, "roll_out", lambda *_: rolled.append(1))
+    with pytest.raises(Incomplete, match="0 of 3 rows"):
         module.execute(prepared, SimpleNamespace(line=lambda *_: None))
+    assert rolled
 
 
 def test_all_rows_without_a_summary_only_need_the_report(tmp_path, monkeypatch):
     out = tmp_path / "out"
     prepared = SimpleNamespace(config=config(out=str(out)), rows=SimpleNamespace(tasks=[1, 2, 3]))
     monkeypatch.setattr(module, "open_folder", lambda prepared: {"identity": {}, "config": {}, "suite": {}})
+    monkeypatch.setattr(module, "reconcile", lambda *_: {"a/0", "b/0", "c/0"})
     monkeypatch.setattr(module, "count_rows", lambda folder, schema: 3)
     monkeypatch.setattr(module, "write_report", lambda out: {"rows": pa.scalar(3).as_py()})
     monkeypatch.setattr(module, "roll_out", lambda *_: pytest.fail("nothing is left to roll out"))
     assert module.execute(prepared, SimpleNamespace(line=lambda *_: None)) == {"rows": 3}
     assert run_info(str(out))["finished_at"]
+
+
+def test_attempts_of_earlier_runs_stay(tmp_path):
+    first = [record("begin", 1), record("fail", 1, cause="gone")]
+    write_attempts(str(tmp_path), first)
+    write_attempts(str(tmp_path), [record("begin", 2), record("finish", 2, status="ok")])
+    rows = read_table(tmp_path / "attempts", ATTEMPTS).to_pylist()
+    assert [(row["attempt"], row["outcome"]) for row in rows] == [(1, "failed"), (2, "ok")]
+
+
+@pytest.mark.parametrize(("text", "types"), [(None, None), ("all", ()), ("infra, tool", ("infra", "tool"))])
+def test_types_of_error_to_retry(text, types):
+    assert error_types(text) == types
+
+
+def test_an_unknown_type_of_error_is_named():
+    with pytest.raises(InputError, match=r"--retry-failed.*gpu"):
+        error_types("gpu")
+
+
+def test_another_run_starts_beside_what_is_there(tmp_path, monkeypatch):
+    @dataclass(frozen=True)
+    class Fake:
+        config: object
+
+    monkeypatch.setattr(module, "identity", lambda prepared: {"mine": True})
+    for name, mine in (("out", False), ("out-2", False), ("out-3", True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "run.json").write_text(json.dumps({"identity": {"mine": mine}, "config": {}, "suite": {}}))
+    found = module.beside(Fake(config(out=str(tmp_path / "out"))))
+    assert found.config.out == str(tmp_path / "out-3")

@@ -1,0 +1,106 @@
+"""What a run folder holds already, put in order before it is resumed, and rows of it that are to be done again.
+
+`results/` is the truth: what Ray Data's checkpoint says is written anew from it, so that neither a part that a crash
+cut short nor one that somebody removed loses a row. Every step can be interrupted and repeated. Runs under the run
+lock, with nothing of the run alive. Knows no Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import posixpath
+from collections.abc import Callable, Collection
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from pyarrow.fs import FileSelector, FileSystem
+
+from pipeline.journal import Journal
+from pipeline.tables import ATTEMPTS, RESULTS, filesystem, read_table, write_table
+
+
+def reconcile(out: str, tell: Callable[[str], None]) -> set[str]:
+    """Put results/ in order; the ids of the rows that are done. Changes nothing where all is well.
+
+    A part that cannot be read goes to journal/damaged/, and its rows are done again: from the journal, where they
+    are finished there. A row that stands twice is kept once.
+    """
+    fs, folder = filesystem(f"{out}/results")
+    done: set[str] = set()
+    for path in _parts(fs, folder):
+        try:
+            ids = pq.read_table(path, columns=["row_id"], filesystem=fs)["row_id"].to_pylist()
+        except (pa.ArrowInvalid, OSError) as e:
+            if isinstance(e, OSError) and not isinstance(e, pa.ArrowException):
+                raise
+            _set_aside(fs, path, f"{out}/journal/damaged")
+            tell(f"{posixpath.basename(path)} cannot be read and was moved to journal/damaged/: {e}")
+            continue
+        if twice := done.intersection(ids):
+            _drop_rows(fs, path, twice)
+        done.update(ids)
+    return done
+
+
+def failed_rows(out: str, kinds: Collection[str]) -> list[str]:
+    """Ids of the failed rows whose error is of these types (model, tool, infra); of all types where none is given."""
+    where = ds.field("status") == "failed"
+    if kinds:
+        where &= ds.field("error_type").isin(list(kinds))
+    return read_table(f"{out}/results", RESULTS, ["row_id"], where=where)["row_id"].to_pylist()
+
+
+def reopen(out: str, row_ids: Collection[str]) -> None:
+    """Take rows out of results/, so that a resumed run does them again. Their attempts stay in attempts/.
+
+    The journal forgets the rows first: a run that is killed in between either still has a row in its table or does
+    it again.
+    """
+    asyncio.run(Journal(f"{out}/journal").reopen(list(row_ids)))
+    fs, folder = filesystem(f"{out}/results")
+    for path in _parts(fs, folder):
+        found = pq.read_table(path, columns=["row_id"], filesystem=fs)["row_id"].to_pylist()
+        if again := set(row_ids).intersection(found):
+            _drop_rows(fs, path, again)
+
+
+def attempts_so_far(out: str, done: Collection[str]) -> dict[str, int]:
+    """The last attempt of each row that is not done, by the table attempts/."""
+    table = read_table(f"{out}/attempts", ATTEMPTS, ["row_id", "attempt"])
+    last = table.group_by("row_id").aggregate([("attempt", "max")]).to_pylist()
+    return {row["row_id"]: row["attempt_max"] for row in last if row["row_id"] not in done}
+
+
+def write_checkpoint(out: str, row_ids: Collection[str]) -> None:
+    """Ray Data's checkpoint: the ids it is to leave out. The new one is written before old ones are removed."""
+    fs, folder = filesystem(f"{out}/journal/checkpoint")
+    old = _parts(fs, folder)
+    fs.create_dir(folder, recursive=True)
+    if row_ids:
+        new = f"{folder}/results.parquet"
+        write_table(pa.table({"row_id": pa.array(sorted(row_ids), pa.string())}), new, fs)
+        old = [path for path in old if path != new]
+    for path in old:
+        fs.delete_file(path)
+
+
+def _parts(fs: FileSystem, folder: str) -> list[str]:
+    infos = fs.get_file_info(FileSelector(folder, recursive=True, allow_not_found=True))
+    return sorted(i.path for i in infos if i.is_file and i.path.endswith(".parquet") and i.base_name[0] not in "._")
+
+
+def _drop_rows(fs: FileSystem, path: str, row_ids: Collection[str]) -> None:
+    """Rewrite one part without these rows; at each moment the old part or the new one is there."""
+    table = pq.read_table(path, filesystem=fs)
+    kept = table.filter(~ds.field("row_id").isin(list(row_ids)))
+    if kept.num_rows:
+        write_table(kept, path, fs)
+    else:
+        fs.delete_file(path)
+
+
+def _set_aside(fs: FileSystem, path: str, folder: str) -> None:
+    _, aside = filesystem(folder)
+    fs.create_dir(aside, recursive=True)
+    fs.move(path, posixpath.join(aside, posixpath.basename(path) + ".damaged"))
