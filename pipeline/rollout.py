@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import traceback
+import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,9 +26,10 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray import serve
+from ray.actor import exit_actor
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -56,6 +58,7 @@ WORKER_ENV = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # or agents, which have no GPU, would see all of them
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # the manifest has few files; 32 processes cost a minute to start
 }
+KEEPER_S = 5.0
 SLOW_MODEL_S = 24 * 3600
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
@@ -324,12 +327,39 @@ def engine_spec(config: RunConfig) -> EngineSpec:
 
 
 def app_name(out: str) -> str:
-    """Name of the run's Serve application."""
-    return "berth-" + hashlib.sha256(out.encode()).hexdigest()[:10]
+    """A name for the Serve application of this session of the run."""
+    return f"berth-{hashlib.sha256(out.encode()).hexdigest()[:10]}-{uuid.uuid4().hex[:6]}"
 
 
-def deploy(config: RunConfig) -> tuple[Numerics, Capacity, int]:
-    """Start the replicas and wait for the first; (numerics, sizes of one, replicas)."""
+class Keeper:
+    """Deletes the replicas when their run's process is gone, however it went: they would hold their GPUs for ever."""
+
+    async def watch(self, app: str, journal: Any) -> None:
+        """Returns when the replicas are deleted; `journal` lives as long as the run's process."""
+        while True:
+            await asyncio.sleep(KEEPER_S)
+            try:
+                await journal.counts.remote()
+            except ActorUnavailableError:
+                continue
+            except RayActorError:
+                break
+        await asyncio.to_thread(serve.delete, app)
+        exit_actor()
+
+
+def keep(app: str, journal: Any) -> Any:
+    """Start the application's Keeper; kill it when the run has ended by itself."""
+    actor: Any = ray.remote(Keeper)
+    keeper = actor.options(
+        num_cpus=0, name=f"{app}-keeper", lifetime="detached", namespace="serve", max_restarts=-1
+    ).remote()
+    keeper.watch.remote(app, journal)
+    return keeper
+
+
+def deploy(config: RunConfig, app: str) -> tuple[Numerics, Capacity, int]:
+    """Start the replicas as the application `app` and wait for the first; (numerics, sizes of one, replicas)."""
     from actors.replica import Replica
 
     pool = config.pools["single"]
@@ -358,7 +388,11 @@ def deploy(config: RunConfig) -> tuple[Numerics, Capacity, int]:
         max_ongoing_requests=100_000,
         health_check_period_s=2,
         graceful_shutdown_timeout_s=5,
-        ray_actor_options={"num_cpus": 1 if on_gpu else 0, "num_gpus": wanted} | _thread_env(threads),
+        ray_actor_options={
+            "num_cpus": 1 if on_gpu else 0,
+            "num_gpus": wanted,
+            "runtime_env": _replica_env(config.ray.runtime_env, threads),
+        },
         request_router_config=RequestRouterConfig(
             request_router_class=ROUTER,  # pyright: ignore[reportArgumentType]
             request_router_kwargs={"num_fallback_replicas": 0},
@@ -366,18 +400,21 @@ def deploy(config: RunConfig) -> tuple[Numerics, Capacity, int]:
         **scale,
     )
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
-    name = app_name(config.out)
     try:
-        handle = serve.run(deployment.bind(engine_spec(config), threads), name=name, route_prefix=None)
+        handle = serve.run(deployment.bind(engine_spec(config), threads), name=app, route_prefix=None)
     except RuntimeError as e:
-        raise _start_error(name) from e
+        raise _start_error(app) from e
     numerics, capacity = handle.describe.remote().result()
     return numerics, capacity, count
 
 
-def _thread_env(threads: int) -> dict[str, Any]:
-    """Ray starts a process that reserves no CPU with OMP_NUM_THREADS=1, which the engine's thread would keep."""
-    return {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}}} if threads else {}
+def _replica_env(runtime_env: dict[str, Any], threads: int) -> dict[str, Any]:
+    """The runtime environment of a replica, which Serve does not take over from the job.
+
+    Ray starts a process that reserves no CPU with OMP_NUM_THREADS=1, which the engine's thread would keep.
+    """
+    variables = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    return runtime_env | {"env_vars": variables | runtime_env.get("env_vars", {})}
 
 
 def _start_error(app: str) -> Exception:
@@ -406,7 +443,7 @@ def start_journal(config: RunConfig, attempts: Mapping[str, int]) -> Any:
     ).remote(config.out + "/journal", config.limits.max_attempts, attempts)
 
 
-def plan_agents(prepared: Prepared, capacity: Capacity, replicas: int) -> tuple[Job, int]:
+def plan_agents(prepared: Prepared, app: str, capacity: Capacity, replicas: int) -> tuple[Job, int]:
     """The job and the number of agent actors: enough trajectories at once to keep every replica's batch full
     while a quarter of them wait for tools."""
     config, limits = prepared.config, prepared.suite.config.limits
@@ -420,7 +457,7 @@ def plan_agents(prepared: Prepared, capacity: Capacity, replicas: int) -> tuple[
             trajectory_tokens=limits.trajectory_tokens,
             context_tokens=capacity.max_model_len,
         ),
-        app=app_name(config.out),
+        app=app,
         concurrent=max(1, -(-replicas * capacity.max_batch * 5 // (4 * agents))),
     )
     return job, agents

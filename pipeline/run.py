@@ -201,15 +201,21 @@ def roll_out(prepared: Prepared, info: dict[str, Any], screen: Screen) -> None:
     from pipeline import rollout
 
     config = prepared.config
+    app = rollout.app_name(config.out)
     with exit_on_signal(screen):
         started = time.monotonic()
         screen.line("ray", "starting" if config.ray.address is None else f"joining {config.ray.address}")
         rollout.start_ray(config)
-        app = None if config.ray.address is None else rollout.app_name(config.out)
-    with exit_on_signal(screen, app):  # again: Ray has put its own handlers in
+    keeper: Any = None
+    with exit_on_signal(screen, None if config.ray.address is None else app):  # again: Ray has put its own handlers in
         try:
+            done = reconcile(config.out, lambda said: screen.line("damaged", said))
+            write_checkpoint(config.out, done)
+            journal = rollout.start_journal(config, attempts_so_far(config.out, done))
+            if config.ray.address is not None:
+                keeper = rollout.keep(app, journal)
             screen.line("model", f"loading {config.model.id} into the {config.engine} engine")
-            numerics, capacity, replicas = rollout.deploy(config)
+            numerics, capacity, replicas = rollout.deploy(config, app)
             screen.line(
                 "replicas",
                 f"{replicas} ready after {duration(time.monotonic() - started)}: {numerics.dtype}, attention "
@@ -218,14 +224,13 @@ def roll_out(prepared: Prepared, info: dict[str, Any], screen: Screen) -> None:
             info["numerics"] = {name: getattr(numerics, name) for name in numerics.__slots__}
             info["gpus"] = int(ray.cluster_resources().get("GPU", 0))
             write_json(info, f"{config.out}/run.json")
-            done = reconcile(config.out, lambda said: screen.line("damaged", said))
-            write_checkpoint(config.out, done)
-            journal = rollout.start_journal(config, attempts_so_far(config.out, done))
-            job, agents = rollout.plan_agents(prepared, capacity, replicas)
+            job, agents = rollout.plan_agents(prepared, app, capacity, replicas)
             _roll(lambda: rollout.rollouts(job, journal, agents), journal, len(done), prepared, screen, info["gpus"])
             write_attempts(config.out, ray.get(journal.records.remote()))
         finally:
-            serve.shutdown() if app is None else serve.delete(app)
+            if keeper is not None:
+                ray.kill(keeper)
+            serve.shutdown() if config.ray.address is None else serve.delete(app)
             ray.shutdown()
 
 
