@@ -1,6 +1,8 @@
 """An engine that answers from the prompt's last line, without a model: for what is not the model's business.
 
-Each trajectory searches twice and finishes at its third step. `BERTH_SCRIPT` (JSON) adds delays and faults.
+Each trajectory searches twice and finishes at its third step. `BERTH_SCRIPT` (JSON) adds delays and faults: `delay_s`
+before each answer, `max_batch`, `count` (a file that gets a line for each call), `killer` (a row id that ends the
+process).
 """
 
 import asyncio
@@ -42,6 +44,8 @@ class ScriptedEngine:
             action = f"Search[thing {step}]" if step < STEPS else "Finish[yes]"
             text = f" I am at step {step}.\nAction {step}: {action}\n"
             self.answers[step] = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        if request.sequence_id == self.script.get("killer"):
+            os._exit(1)
         ids = self.answers[step]
         if request.matcher is not None:
             request.matcher(ids)
