@@ -1,0 +1,95 @@
+"""A Ray cluster of one's own beside whatever else runs on the machine: own ports, own folder, ended by its own pid."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray.util import get_node_ip_address
+
+from tests.integration.test_run import wait_for
+
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where it is.
+
+    Attributes:
+        address: host:port of its GCS.
+        jobs: address of its job server.
+        env: environment of programs that use it.
+    """
+
+    address: str
+    jobs: str
+    env: dict[str, str]
+
+    def ray(self, *argv: str) -> subprocess.CompletedProcess[str]:
+        """Run Ray's command line against this cluster."""
+        return subprocess.run([RAY, *argv], env=self.env, capture_output=True, text=True, timeout=600)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on now."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@contextmanager
+def ray_cluster(
+    *options: str, env: dict[str, str] | None = None, before: Callable[[str], None] = lambda _: None
+) -> Generator[Cluster]:
+    """`ray start --head --block` with these options; its processes end with the block.
+
+    Args:
+        before: told the address of the GCS before it starts.
+    """
+    port, dashboard, client, agent = free_ports(4)
+    folder = tempfile.mkdtemp(prefix="berth-ray-")  # short: paths of Unix sockets have at most 107 bytes
+    own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    own |= {"RAY_AUTH_MODE": "disabled", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"} | (env or {})
+    argv = [RAY, "start", "--head", "--block", f"--port={port}", f"--temp-dir={folder}"]
+    argv += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+    argv += [f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats", *options]
+    address = f"{get_node_ip_address()}:{port}"
+    cluster = Cluster(address, f"http://127.0.0.1:{dashboard}", own | {"RAY_ADDRESS": address})
+    before(cluster.address)
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(argv, env=own, stdout=said, stderr=subprocess.STDOUT) as process,
+    ):
+        try:
+            wait_for(lambda: process.poll() is not None or listening(dashboard), 120)
+            yield cluster
+            assert process.poll() is None, "the cluster ended by itself"
+        except BaseException:
+            said.seek(0)
+            sys.stderr.write(said.read())
+            raise
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def listening(port: int) -> bool:
+    """Whether something answers on a port of this machine."""
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
+
+
+def script(**settings: object) -> dict[str, str]:
+    """Environment of the scripted engine."""
+    return {"BERTH_SCRIPT": json.dumps(settings)}
