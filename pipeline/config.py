@@ -113,13 +113,17 @@ class Pool(Part):
     replicas: PositiveInt | Auto | ReplicaRange = Field(
         default="auto", description="auto: one for each GPU, or one on a CPU"
     )
+    labels: dict[str, str] = Field(default_factory=dict, description="Ray node labels a replica's node must have")
 
 
 class RayConfig(Part):
     """Where the cluster is."""
 
     address: str | None = Field(default=None, description="null: a local Ray; `auto`: the cluster this runs on")
-    runtime_env: dict[str, Any] = Field(default_factory=dict, description="passed to ray.init")
+    labels: dict[str, str] = Field(default_factory=dict, description="Ray node labels where agents and writers may run")
+    runtime_env: dict[str, Any] = Field(
+        default_factory=dict, description="passed to ray.init; run.json keeps no value of `env_vars`"
+    )
 
 
 class LimitsConfig(Part):
@@ -231,8 +235,12 @@ def _check(config: RunConfig, file: str) -> None:
 
 
 def dump(config: BaseModel) -> dict[str, Any]:
-    """The resolved config as plain data."""
-    return config.model_dump(mode="json")
+    """The resolved config as plain data for run.json; of `runtime_env`'s variables, which may be secrets, the names."""
+    data = config.model_dump(mode="json")
+    variables = data.get("ray", {}).get("runtime_env", {}).get("env_vars")
+    if isinstance(variables, dict):
+        variables.update(dict.fromkeys(variables, "(not recorded)"))
+    return data
 
 
 def absolute(path: str, base: Path) -> str:

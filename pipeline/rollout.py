@@ -259,9 +259,9 @@ def start_ray(config: RunConfig) -> None:
     os.chdir(Path(__file__).resolve().parents[1])
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     runtime_env = config.ray.runtime_env
+    for name, value in WORKER_ENV.items():
+        os.environ.setdefault(name, value)  # Ray Data reads them in this process too
     if config.ray.address is None:
-        for name, value in WORKER_ENV.items():
-            os.environ.setdefault(name, value)
         # Logical CPUs: agents, tables and replicas share what is there; none may starve another.
         options |= {"num_cpus": max(4, os.cpu_count() or 1), "include_dashboard": False}
     else:
@@ -391,6 +391,7 @@ def deploy(config: RunConfig, app: str) -> tuple[Numerics, Capacity, int]:
         ray_actor_options={
             "num_cpus": 1 if on_gpu else 0,
             "num_gpus": wanted,
+            "label_selector": pool.labels or None,
             "runtime_env": _replica_env(config.ray.runtime_env, threads),
         },
         request_router_config=RequestRouterConfig(
@@ -470,6 +471,7 @@ def rollouts(job: Job, journal: Any, agents: int) -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = SLOW_MODEL_S
+    context.execution_options.label_selector = job.config.ray.labels or None
     context.checkpoint_config = CheckpointConfig(
         id_column="row_id", checkpoint_path=out + "/journal/checkpoint", delete_checkpoint_on_success=False
     )
@@ -499,8 +501,13 @@ def explained(failure: BaseException) -> Exception:
     return Incomplete(f"the run stopped: {said[0]}\nrepeat the command to resume")
 
 
-def watch(journal: Any, report: Callable[[Progress], None], done: Callable[[], bool], stop_at: float | None):
-    """Report the journal's counts once a second until `done`; stop the run in good order at `stop_at`."""
+def cluster_gpus() -> int:
+    """GPUs that the cluster has now."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def watch(journal: Any, report: Callable[[Progress], None], done: Callable[[], bool], over: Callable[[], bool]):
+    """Report the journal's counts once a second until `done`; stop the run in good order when it is `over`."""
     while not done():
         time.sleep(1)
         try:
@@ -508,6 +515,6 @@ def watch(journal: Any, report: Callable[[Progress], None], done: Callable[[], b
             report(counts)
         except RayError:
             continue  # the journal is being restarted
-        if stop_at is not None and time.time() > stop_at:
+        if over():
             with contextlib.suppress(RayError):
                 ray.get(journal.stop.remote(), timeout=10)

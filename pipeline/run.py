@@ -5,16 +5,16 @@ Decides nothing about Ray (rollout.py) and nothing about columns (tables.py).
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -29,6 +29,7 @@ from pipeline import __version__
 from pipeline.config import RunConfig, dump
 from pipeline.console import Screen, duration, eta
 from pipeline.journal import Progress
+from pipeline.lock import locked
 from pipeline.preflight import Prepared, identity
 from pipeline.report import summarize, write_report
 from pipeline.resume import attempts_so_far, failed_rows, reconcile, reopen, write_checkpoint
@@ -62,7 +63,7 @@ def execute(prepared: Prepared, screen: Screen, retry: Collection[str] | None = 
         Incomplete: stopped before the end; the same command resumes.
     """
     out, total = prepared.config.out, len(prepared.rows.tasks)
-    with locked(out):
+    with locked(out, stop_on_loss(screen), lambda said: screen.line("lock", said)):
         info = open_folder(prepared)
         if retry is not None:
             again = failed_rows(out, retry)
@@ -79,35 +80,6 @@ def execute(prepared: Prepared, screen: Screen, retry: Collection[str] | None = 
             write_manifest(prepared)
             roll_out(prepared, info, screen)
         return finish(prepared, info)
-
-
-@contextmanager
-def locked(out: str) -> Generator[None]:
-    """Hold the run folder's lock; the system lets go of it when this process ends, however it ends."""
-    if "://" in out:
-        yield
-        return
-    path = Path(out) / ".lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
-    except OSError as e:
-        raise InputError(f"not writable: {e.strerror}", field="out", got=out, wants="a folder to write to") from e
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            file.seek(0)
-            raise RunConflict(
-                f"another run is at work in this folder ({file.read().strip() or 'unknown process'})",
-                field="out",
-                got=out,
-                wants="wait for it, or another folder",
-            ) from e
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()} since {now()}\n")
-        file.flush()
-        yield
 
 
 def open_folder(prepared: Prepared) -> dict[str, Any]:
@@ -207,7 +179,7 @@ def roll_out(prepared: Prepared, info: dict[str, Any], screen: Screen) -> None:
         screen.line("ray", "starting" if config.ray.address is None else f"joining {config.ray.address}")
         rollout.start_ray(config)
     keeper: Any = None
-    with exit_on_signal(screen, None if config.ray.address is None else app):  # again: Ray has put its own handlers in
+    with exit_on_signal(screen):  # again: Ray has put its own handlers in
         try:
             done = reconcile(config.out, lambda said: screen.line("damaged", said))
             write_checkpoint(config.out, done)
@@ -222,10 +194,10 @@ def roll_out(prepared: Prepared, info: dict[str, Any], screen: Screen) -> None:
                 f"{numerics.kernel}, context {capacity.max_model_len:,} tokens, batch {capacity.max_batch}",
             )
             info["numerics"] = {name: getattr(numerics, name) for name in numerics.__slots__}
-            info["gpus"] = int(ray.cluster_resources().get("GPU", 0))
+            info["gpus"] = rollout.cluster_gpus()
             write_json(info, f"{config.out}/run.json")
             job, agents = rollout.plan_agents(prepared, app, capacity, replicas)
-            _roll(lambda: rollout.rollouts(job, journal, agents), journal, len(done), prepared, screen, info["gpus"])
+            _roll(lambda: rollout.rollouts(job, journal, agents), journal, len(done), prepared, screen)
             write_attempts(config.out, ray.get(journal.records.remote()))
         finally:
             if keeper is not None:
@@ -234,7 +206,7 @@ def roll_out(prepared: Prepared, info: dict[str, Any], screen: Screen) -> None:
             ray.shutdown()
 
 
-def _roll(work: Any, journal: Any, before: int, prepared: Prepared, screen: Screen, gpus: int) -> None:
+def _roll(work: Any, journal: Any, before: int, prepared: Prepared, screen: Screen) -> None:
     """Do the work in a thread and show progress beside it; `before` rows are in results/ already."""
     import ray
 
@@ -265,20 +237,30 @@ def _roll(work: Any, journal: Any, before: int, prepared: Prepared, screen: Scre
             left = eta(elsewhere + done, elsewhere + counts.resumed, total, elapsed)
             show(elsewhere + done, f"{counts.running} running  {mean}{failed}{left}")
 
-        hours = allowed_hours(config, gpus)
-        stop_at = None if hours is None else time.time() + hours * 3600
-        rollout.watch(journal, report, lambda: not thread.is_alive(), stop_at)
+        rollout.watch(journal, report, lambda: not thread.is_alive(), budget(config, rollout.cluster_gpus))
     if failure:
         raise rollout.explained(failure[0]) from failure[0]
 
 
-def allowed_hours(config: RunConfig, gpus: int) -> float | None:
-    """Hours until `max_hours` or `max_usd` is reached, whichever is sooner; None without a limit."""
-    limits, price = config.limits, config.price.usd_per_gpu_hour
-    found = [limits.max_hours] if limits.max_hours else []
-    if limits.max_usd and price:
-        found.append(limits.max_usd / (price * max(1, gpus)))
-    return min(found, default=None)
+def budget(config: RunConfig, gpus: Callable[[], int]) -> Callable[[], bool]:
+    """Whether `max_hours` or `max_usd` is reached: to be asked about once a second, as GPUs come and go.
+
+    Args:
+        gpus: GPUs that the cluster has now.
+    """
+    limits, price = config.limits, config.price.usd_per_gpu_hour or 0.0
+    started = last = time.monotonic()
+    usd = 0.0
+
+    def reached() -> bool:
+        nonlocal last, usd
+        before, last = last, time.monotonic()
+        if limits.max_usd:
+            usd += price * gpus() * (last - before) / 3600
+        hours = (last - started) / 3600
+        return hours >= (limits.max_hours or math.inf) or usd >= (limits.max_usd or math.inf)
+
+    return reached
 
 
 def write_attempts(out: str, records: list[dict[str, Any]]) -> None:
@@ -337,21 +319,11 @@ def finish(prepared: Prepared, info: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def exit_on_signal(screen: Screen, app: str | None = None) -> Generator[None]:
-    """SIGTERM and SIGINT end the process at once with exit code 3: all that is finished is on storage.
-
-    Args:
-        app: a Serve application on a cluster that outlives this process, and is deleted first.
-    """
+def exit_on_signal(screen: Screen) -> Generator[None]:
+    """SIGTERM and SIGINT end the process at once with exit code 3: all that is finished is on storage."""
 
     def leave(number: int, _: object) -> None:
         screen.error(f"{signal.Signals(number).name}: stopped; repeat the command to resume")
-        if app is not None:
-            from ray import serve
-
-            deleting = threading.Thread(target=serve.delete, args=(app,), daemon=True)
-            deleting.start()
-            deleting.join(2)
         os._exit(3)
 
     if threading.current_thread() is not threading.main_thread():
@@ -363,6 +335,16 @@ def exit_on_signal(screen: Screen, app: str | None = None) -> Generator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stop_on_loss(screen: Screen) -> Callable[[InputError], None]:
+    """End the process at once with exit code 2 when the run folder is no longer this run's."""
+
+    def leave(error: InputError) -> None:
+        screen.error(f"stopped: {error}")
+        os._exit(2)
+
+    return leave
 
 
 def run_info(folder: str) -> dict[str, Any]:

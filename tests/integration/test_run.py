@@ -14,6 +14,8 @@ import pandas as pd
 import psutil
 import pytest
 
+from bench.clusters import wait_for
+
 pytestmark = pytest.mark.timeout(1200)  # a busy machine takes minutes to start Ray
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -57,15 +59,6 @@ def children(pid: int, needle: str) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
-
-
-def wait_for(condition, seconds: float = 200):
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if found := condition():
-            return found
-        time.sleep(0.2)
-    raise AssertionError("it did not happen in time")
 
 
 def lines_in(path: Path) -> list[str]:

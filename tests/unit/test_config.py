@@ -46,6 +46,13 @@ def test_dump_reads_back(tmp_path):
     assert load_run(write(tmp_path, dump(config))) == config
 
 
+def test_dump_keeps_names_of_variables_and_no_values(tmp_path):
+    runtime_env = {"env_vars": {"TOKEN": "never-to-be-written-down"}, "pip": ["x"]}
+    config = load_run(write(tmp_path, MINIMAL | {"ray": {"runtime_env": runtime_env}}))
+    assert config.ray.runtime_env == runtime_env
+    assert dump(config)["ray"]["runtime_env"] == {"env_vars": {"TOKEN": "(not recorded)"}, "pip": ["x"]}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pytest
 
-from actors.errors import Incomplete, InputError, RunConflict
+from actors.errors import Incomplete, InputError
 from pipeline import run as module
 from pipeline.config import RunConfig
-from pipeline.run import allowed_hours, difference, error_types, locked, run_info, write_attempts
+from pipeline.run import budget, difference, error_types, run_info, write_attempts
 from pipeline.tables import ATTEMPTS, read_table
 
 
@@ -21,23 +21,20 @@ def test_difference_names_fields():
     assert difference(old, new).splitlines() == ["  a.c: was 2, is now 9", "  f: was None, is now 0"]
 
 
-def test_limits_of_time_and_money():
-    assert allowed_hours(config(), 4) is None
-    assert allowed_hours(config(limits={"max_hours": 3}), 4) == 3
-    priced = config(limits={"max_hours": 3, "max_usd": 8}, price={"usd_per_gpu_hour": 2})
-    assert allowed_hours(priced, 4) == 1
-    assert allowed_hours(priced, 0) == 3
-
-
-def test_a_lock_is_held_once_and_let_go_of(tmp_path):
-    out = str(tmp_path / "out")
-    with locked(out), pytest.raises(RunConflict, match="another run is at work"), locked(out):
-        pass
-    with locked(out):
-        pass
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="not writable"), locked(str(tmp_path / "file" / "out")):
-        pass
+def test_limits_of_time_and_money(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    there = 0
+    endless = budget(config(), lambda: there)
+    timed = budget(config(limits={"max_hours": 3}), lambda: there)
+    priced = budget(config(limits={"max_usd": 7.5}, price={"usd_per_gpu_hour": 2}), lambda: there)
+    now = 2 * 3600.0
+    assert (endless(), timed(), priced()) == (False, False, False)
+    there = 4  # GPUs that came later cost from then on: 8 dollars in an hour
+    now = 2.9 * 3600.0
+    assert (endless(), timed(), priced()) == (False, False, False)
+    now = 3 * 3600.0
+    assert (endless(), timed(), priced()) == (False, True, True)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", None])
