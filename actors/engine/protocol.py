@@ -61,6 +61,8 @@ class EngineSpec:
         gpu_memory_fraction: torch's per-process cap on the device's memory.
         kv_dtype: auto is the model's dtype.
         kv_pages: KV pages; None takes what the budget leaves.
+        tp: ranks that the model is split over, one process each.
+        rank_deadline_s: how long a rank waits for the others before it takes one for dead.
     """
 
     model: str
@@ -80,6 +82,7 @@ class EngineSpec:
     kv_dtype: str = "auto"
     kv_pages: int | None = None
     tp: int = 1
+    rank_deadline_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
