@@ -37,7 +37,7 @@ from actors.engine.protocol import Capacity, EngineSpec
 from actors.errors import EngineDead, EngineError, Incomplete, InputError
 from actors.messages import Call, Generation, Numerics, Sampling, Trajectory
 from pipeline import preflight
-from pipeline.config import ReplicaRange, RunConfig
+from pipeline.config import Pool, ReplicaRange, RunConfig
 from pipeline.journal import Journal, Progress
 from pipeline.preflight import Prepared
 from pipeline.suite import Suite
@@ -63,6 +63,7 @@ class Job:
 
     Attributes:
         limits: bounds of a trajectory; the context is the model's.
+        pool: where its rows run.
         concurrent: trajectories one agent actor rolls out at once.
     """
 
@@ -71,6 +72,7 @@ class Job:
     facts: RunFacts
     limits: Limits
     app: str
+    pool: str
     concurrent: int
 
 
@@ -146,7 +148,7 @@ class Attempts:
         return await self.agents.journal.finish.remote(self.task.row_id, self.attempt, self.replica, row)
 
     async def _begin(self):
-        begun = await self.agents.journal.begin.remote(self.task.row_id, "single", "start")
+        begun = await self.agents.journal.begin.remote(self.task.row_id, self.job.pool, "start")
         self.attempt = begun.attempt
         return begun
 
@@ -204,7 +206,7 @@ class Attempts:
         from pipeline.scoring import score
 
         scored = score(trajectory, self.agents.scorers, self.job.suite.primary)
-        return result_row(trajectory, scored=scored, run=self.job.facts, pool="single", rung="start")
+        return result_row(trajectory, scored=scored, run=self.job.facts, pool=self.job.pool, rung="start")
 
 
 def _lost(task: Any, attempts: int) -> Trajectory:
@@ -292,11 +294,17 @@ def app_name(out: str) -> str:
     return "berth-" + hashlib.sha256(out.encode()).hexdigest()[:10]
 
 
+def serving_pool(config: RunConfig) -> tuple[str, Pool]:
+    """The pool that serves every row: a run has one, until rows are told apart by the memory they need."""
+    return next(iter(config.pools.items()))
+
+
 def deploy(config: RunConfig) -> tuple[Numerics, Capacity, int]:
     """Start the replicas and wait for the first; (numerics, sizes of one, replicas)."""
     from actors.replica import Replica
 
-    pool = config.pools["single"]
+    pool_name, pool = serving_pool(config)
+    tp = pool.tensor_parallel_size
     gpus = int(ray.cluster_resources().get("GPU", 0))
     replicas = pool.replicas
     scale: dict[str, Any]
@@ -304,21 +312,21 @@ def deploy(config: RunConfig) -> tuple[Numerics, Capacity, int]:
         scale = {"autoscaling_config": {"min_replicas": replicas.min, "max_replicas": replicas.max}}
         count = replicas.max
     else:
-        count = max(1, gpus) if replicas == "auto" else replicas
+        count = max(1, gpus // tp) if replicas == "auto" else replicas
         scale = {"num_replicas": count}
     wanted = pool.num_gpus if isinstance(pool.num_gpus, int) else min(1, gpus)
     on_gpu = wanted > 0
-    if config.ray.address is None and wanted * count > gpus:
+    if config.ray.address is None and wanted * count * tp > gpus:
         raise InputError(
-            f"{count} replicas want {wanted * count} GPUs",
-            field="pools.single.replicas",
+            f"{count} replicas want {wanted * count * tp} GPUs",
+            field=f"pools.{pool_name}.replicas",
             got=count,
             wants=f"{gpus} GPUs",
         )
-    threads = 0 if on_gpu else max(1, (os.cpu_count() or 1) // count)
+    threads = 0 if on_gpu else max(1, (os.cpu_count() or 1) // (count * tp))
     deployment: Any = serve.deployment(Replica)
     deployment = deployment.options(
-        name="single",
+        name=pool_name,
         max_ongoing_requests=100_000,
         health_check_period_s=2,
         graceful_shutdown_timeout_s=5,
@@ -328,15 +336,24 @@ def deploy(config: RunConfig) -> tuple[Numerics, Capacity, int]:
             request_router_kwargs={"num_fallback_replicas": 0},
         ),
         **scale,
+        **_gang(tp, wanted),
     )
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
     name = app_name(config.out)
     try:
-        handle = serve.run(deployment.bind(engine_spec(config), threads), name=name, route_prefix=None)
+        handle = serve.run(deployment.bind(replace(engine_spec(config), tp=tp), threads), name=name, route_prefix=None)
     except RuntimeError as e:
         raise _start_error(name) from e
     numerics, capacity = handle.describe.remote().result()
     return numerics, capacity, count
+
+
+def _gang(tp: int, gpus: int) -> dict[str, Any]:
+    """Deployment options by which a replica gets a bundle for each of its ranks, all on one node."""
+    if tp == 1:
+        return {}
+    bundle = {"CPU": 1.0, "GPU": float(gpus)} if gpus else {"CPU": 0.01}  # Ray refuses empty bundles
+    return {"placement_group_bundles": [bundle] * tp, "placement_group_strategy": "STRICT_PACK"}
 
 
 def _thread_env(threads: int) -> dict[str, Any]:
@@ -381,6 +398,7 @@ def plan_agents(prepared: Prepared, capacity: Capacity, replicas: int) -> tuple[
             context_tokens=capacity.max_model_len,
         ),
         app=app_name(config.out),
+        pool=serving_pool(config)[0],
         concurrent=max(1, -(-replicas * capacity.max_batch * 5 // (4 * agents))),
     )
     return job, agents

@@ -1,4 +1,5 @@
-"""Ranks 1 and up of a gang in a process of its own: reads one JSON object a line, takes that seat, says when it is over.
+"""Ranks 1 and up of a gang in a process of its own: reads one JSON object a line, takes that seat, says how it
+ended.
 
 Starting a process takes seconds, for torch; so the same ones serve gang after gang.
 """

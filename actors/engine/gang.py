@@ -183,10 +183,11 @@ class Gang:
         return options
 
     def _gloo(self, name: str, host: str, patience: timedelta) -> Any:
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname=host)]
         options._timeout = patience
-        return dist.ProcessGroupGloo(dist.PrefixStore(name, self._store), self.rank, self.size, options)
+        return gloo(dist.PrefixStore(name, self._store), self.rank, self.size, options)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.engine.gang import Gang
 from actors.engine.protocol import RowStep
 from actors.engine.shard import ShardedRunner
 from actors.errors import EngineDead
