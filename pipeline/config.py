@@ -16,9 +16,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from actors.errors import InputError
+from actors.ladder import RUNGS
 
 Auto = Literal["auto"]
-RUNGS = ("smaller_batch", "shard", "half_precision", "kv_int8", "kv_fp8", "kv_sparse", "weights_int8")
 
 
 class Part(BaseModel):

@@ -17,8 +17,6 @@ from actors.engine.assemble import over_model
 from actors.engine.gang import Gang
 from actors.engine.shard import split
 
-CPU = torch.device("cpu")
-
 
 def free_port() -> int:
     with socket.socket() as one:
@@ -26,12 +24,13 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def shape(name):
+def shape(name, **changes):
     """A seeded fp32 model of a family, with 4 KV heads."""
     from tests.unit.test_runner import CONFIGS
 
     config = CONFIGS[name]()
-    config.num_attention_heads, config.num_key_value_heads = 8, 4
+    for field, value in ({"num_attention_heads": 8, "num_key_value_heads": 4} | changes).items():
+        setattr(config, field, value)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
 
@@ -48,19 +47,23 @@ def fail_once(model, call: int, error: Exception) -> None:
     model.base_model.layers[1].mlp.register_forward_pre_hook(hook)
 
 
-def engine(name, rank, size, port, options, deadline_s=60.0, fail_at=None, error="MemoryError"):
+def engine(
+    name, rank, size, port, options, deadline_s=60.0, fail_at=None, error="MemoryError", changes=None, on="cpu float32"
+):
     """Rank 0's engine; other ranks serve, then raise SystemExit."""
-    gang = Gang(rank, size, CPU, port, deadline_s=deadline_s)
-    model = shape(name)
-    split(model, rank, size, CPU)
+    place, _, dtype = on.partition(" ")
+    device = torch.device(place)
+    gang = Gang(rank, size, device, port, deadline_s=deadline_s)
+    model = shape(name, **(changes or {})).to(getattr(torch, dtype))
+    split(model, rank, size, device)
     if fail_at is not None:
         fail_once(model, fail_at, {"MemoryError": MemoryError, "RuntimeError": RuntimeError}[error]("injected"))
     return over_model(model, gang=gang, **options)
 
 
-def start() -> subprocess.Popen:
+def start(**env: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "tests.ranks"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
 

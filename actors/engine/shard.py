@@ -177,7 +177,7 @@ class ShardedRunner(Runner):
             raise
 
     def _take_part(self, tokens: int) -> None:
-        """Join in the sums that are due, with zeros: the others' KV must stay finite: masked values are multiplied by 0."""
+        """Join in the sums that are due, with zeros: a nan in the others' KV would survive being masked."""
         count = tokens * self._width
         spare = self._spare if len(self._spare) >= count else self._spare.new_zeros(count)
         while self._due > 0:
