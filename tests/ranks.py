@@ -1,14 +1,14 @@
-"""Ranks 1 and up of a gang in a process of its own: reads one JSON object a line, takes that seat, says how it
-ended.
-
-Starting a process takes seconds, for torch; so the same ones serve gang after gang.
+"""Ranks 1 and up of gangs, in processes of their own: each reads a seat as a line of JSON,
+takes it, and says how it ended.
 """
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager, suppress
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from actors.engine.assemble import over_model
 from actors.engine.gang import Gang
 from actors.engine.shard import split
+from tests.unit.test_runner import CONFIGS
 
 
 def free_port() -> int:
@@ -26,8 +27,6 @@ def free_port() -> int:
 
 def shape(name, **changes):
     """A seeded fp32 model of a family, with 4 KV heads."""
-    from tests.unit.test_runner import CONFIGS
-
     config = CONFIGS[name]()
     for field, value in ({"num_attention_heads": 8, "num_key_value_heads": 4} | changes).items():
         setattr(config, field, value)
@@ -61,29 +60,64 @@ def engine(
     return over_model(model, gang=gang, **options)
 
 
-def start(**env: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.ranks"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+class Seat:
+    """A process that takes seats in gangs, one after the other."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.pid = int(stream.readline())
+
+    def tell(self, **seat) -> None:
+        self.stream.write(json.dumps(seat) + "\n")
+        self.stream.flush()
+
+    def heard(self) -> str:
+        """How the last gang ended."""
+        return self.stream.readline().strip()
 
 
-def tell(process: subprocess.Popen, **seat) -> None:
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(seat) + "\n")
-    process.stdin.flush()
+@contextmanager
+def seats(count: int, **env: str):
+    """Processes that end with the block. One loads torch, which takes seconds, and is forked into them."""
+    pairs = [socket.socketpair() for _ in range(count)]
+    fds = [theirs.fileno() for _, theirs in pairs]
+    command = [sys.executable, "-m", "tests.ranks", *map(str, fds)]
+    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | env, pass_fds=fds) as process:
+        streams = []
+        for ours, theirs in pairs:
+            theirs.close()
+            streams.append(ours.makefile("rw", encoding="utf-8"))
+            ours.close()
+        found = [Seat(stream) for stream in streams]
+        try:
+            yield found
+        finally:
+            for seat in found:
+                with suppress(ProcessLookupError):
+                    os.kill(seat.pid, signal.SIGKILL)
+                seat.stream.close()
+            process.wait(30)
 
 
-def heard(process: subprocess.Popen) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
+def serve(fd: int) -> None:
+    torch.set_num_threads(1)
+    with socket.socket(fileno=fd).makefile("rw", encoding="utf-8") as stream:
+        print(os.getpid(), file=stream, flush=True)
+        for line in stream:
+            try:
+                engine(**json.loads(line))
+            except SystemExit:
+                said = "closed"
+            except Exception as e:
+                said = f"{type(e).__name__}: {e}"
+            print(said, file=stream, flush=True)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        try:
-            engine(**json.loads(line))
-        except SystemExit:
-            print("closed", flush=True)
-        except Exception as e:
-            print(f"{type(e).__name__}: {e}", flush=True)
+    for name in sys.argv[1:]:
+        if os.fork() == 0:
+            serve(int(name))
+            os._exit(0)
+    with suppress(ChildProcessError):
+        while True:
+            os.wait()

@@ -128,7 +128,7 @@ def over_model(
     kind: Any = Runner if gang is None else partial(ShardedRunner, gang=gang)
     runner: Runner = kind(model, kv, chosen, batch, prefill, length, graphs=graphs, invariant=invariant)
     with nullcontext() if gang is None else gang.agreed(START_S):
-        count = pages or _pages(runner, kv, budget_fraction, batch, length)
+        count = pages or _pages(runner, kv, budget_fraction, batch, length, tp)
     count = count if gang is None else gang.smallest(count)
     runner.resize(count)
     runner.capture()
@@ -162,11 +162,11 @@ def _squeezed(device: torch.device) -> Callable[[], bool]:
     return lambda: others() > before + OTHERS_BYTES
 
 
-def _pages(runner: Runner, kv: KVCache, budget_fraction: float, batch: int, length: int) -> int:
+def _pages(runner: Runner, kv: KVCache, budget_fraction: float, batch: int, length: int, tp: int) -> int:
     """How many pages fit: no more than a full batch of the longest contexts could use."""
     most = batch * -(-length // kv.page_tokens) + 1
     if kv.device.type == "cpu":
-        room = int(CPU_POOL_FRACTION * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+        room = int(CPU_POOL_FRACTION / tp * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
     else:
         step_bytes = runner.profile()
         torch.cuda.empty_cache()

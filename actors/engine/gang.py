@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Generator
 from datetime import timedelta
 from typing import Any
@@ -52,7 +53,7 @@ class Gang:
         """Sum in the order of the ranks, whatever the shape: slower, and the same bits for a row wherever it stands."""
         patience = timedelta(seconds=START_S)
         with _lost():
-            self._store = dist.TCPStore(host, port, size, rank == 0, patience, wait_for_workers=False)
+            self._store = self._open_store(host, port, patience)
             self._control: Any = self._gloo("control", host, patience)
             if device.type == "cuda":
                 options = dist.ProcessGroupNCCL.Options()
@@ -176,6 +177,14 @@ class Gang:
         with _lost():
             self._control.broadcast([words], self._options(dist.BroadcastOptions(), timeout_s)).wait()
 
+    def _open_store(self, host: str, port: int, patience: timedelta) -> dist.TCPStore:
+        if self.rank:
+            return dist.TCPStore(host, port, self.size, False, patience, wait_for_workers=False)
+        # Left to itself the store listens on every interface, for anybody.
+        with socket.create_server((host, port)) as listener:
+            fd = listener.detach()
+        return dist.TCPStore(host, port, self.size, True, patience, wait_for_workers=False, master_listen_fd=fd)
+
     @staticmethod
     def _options(options: Any, timeout_s: float) -> Any:
         options.timeout = timedelta(seconds=timeout_s)
@@ -194,7 +203,7 @@ class Gang:
 def _lost() -> Generator[None]:
     try:
         yield
-    except RuntimeError as e:
+    except (RuntimeError, OSError) as e:
         raise EngineDead(f"a rank of the gang is lost: {str(e).partition('. This is')[0]}") from e
 
 

@@ -96,6 +96,7 @@ class Leader:
         if self._closed.is_set():
             return
         self._closed.set()
+        self._beats.join()
         with contextlib.suppress(EngineDead), self._told(Command.CLOSE):
             pass
         self._gang.close()

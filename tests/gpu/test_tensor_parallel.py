@@ -18,22 +18,20 @@ WIDE = {"head_dim": 64, "hidden_size": 256, "intermediate_size": 512}
 
 @pytest.fixture(scope="module")
 def other():
-    process = ranks.start(CUDA_VISIBLE_DEVICES="1")
-    yield process
-    process.kill()
-    process.communicate()
+    with ranks.seats(1, CUDA_VISIBLE_DEVICES="1") as [seat]:
+        yield seat
 
 
 def answers(other, name, on, fail=None, **options):
     """Rank 0's answers, its events, and the batch sizes that it had captured."""
     seat = {"name": name, "size": 2, "port": ranks.free_port(), "on": on, "options": OPTIONS | options, "changes": WIDE}
-    ranks.tell(other, rank=1, **seat, **(fail or {}))
+    other.tell(rank=1, **seat, **(fail or {}))
     engine = ranks.engine(rank=0, **seat)
     try:
         return together(engine, GREEDY), engine.events, engine._runner._runner.captured
     finally:
         engine.close()
-        assert ranks.heard(other) == "closed"
+        assert other.heard() == "closed"
 
 
 def one_gpu(name, dtype, **options):

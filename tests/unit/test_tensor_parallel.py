@@ -27,15 +27,15 @@ SETTINGS = {"pages": 100, "page_tokens": PAGE, "max_model_len": 256, "max_batch"
 
 
 @pytest.fixture(scope="module")
-def others():
-    """Three processes that take seats 1 to 3."""
-    processes = [ranks.start() for _ in range(3)]
-    yield processes
-    for process in processes:
-        process.kill()
-        process.wait()
-        process.stdin.close()
-        process.stdout.close()
+def all_seats():
+    with ranks.seats(5) as found:
+        yield found
+
+
+@pytest.fixture
+def others(all_seats):
+    """Processes that take seats 1 to 3; the other two are lost in their tests."""
+    return all_seats[:3]
 
 
 @contextmanager
@@ -50,14 +50,14 @@ def gang(others, name, size, deadline_s=60.0, fail=None, **options):
     }
     fail = fail or {}
     for rank in range(1, size):
-        ranks.tell(others[rank - 1], rank=rank, **seat, **fail.get(rank, {}))
+        others[rank - 1].tell(rank=rank, **seat, **fail.get(rank, {}))
     engine = ranks.engine(rank=0, **seat, **fail.get(0, {}))
     try:
         yield engine
     finally:
         engine.close()
-        for process in others[: size - 1]:
-            assert ranks.heard(process) == "closed"
+        for other in others[: size - 1]:
+            assert other.heard() == "closed"
 
 
 def one_process(name, requests, **options):
@@ -71,15 +71,16 @@ def one_process(name, requests, **options):
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3_moe"])
 def test_a_gang_gives_the_tokens_of_one_process(others, name, size):
-    expected = tokens(one_process(name, GREEDY + SAMPLED))
-    with gang(others, name, size) as engine:
+    rows = GREEDY + SAMPLED
+    expected = tokens(one_process(name, rows))
+    # Every prompt fits, in chunks, and no row has a page to grow into.
+    with gang(others, name, size, pages=1 + pages_of(rows), max_prefill_tokens=13) as engine:
         assert engine.numerics.tp == size
-        assert tokens(together(engine, GREEDY + SAMPLED)) == expected
-        assert tokens(alone(engine, GREEDY[:1])) == expected[:1]
-    # Every prompt fits, and no row has a page to grow into.
-    with gang(others, name, size, pages=1 + pages_of(GREEDY), max_prefill_tokens=13) as engine:
-        assert tokens(together(engine, GREEDY)) == expected[: len(GREEDY)]
+        assert tokens(alone(engine, rows[:1])) == expected[:1]
+        answers = together(engine, rows)
         assert engine.events["preemptions"] > 0
+    assert max(answer.usage.batch_max for answer in answers) > 1
+    assert tokens(answers) == expected
 
 
 @pytest.mark.parametrize("name", ["qwen2", "mistral", "gemma", "gemma2", "gemma3"])
@@ -131,26 +132,26 @@ def test_pool_and_graphs_change_on_all_ranks(others):
 
 def test_an_idle_gang_lives_longer_than_its_deadline(others):
     with gang(others, "llama", 2, deadline_s=1.5) as engine:
-        time.sleep(4)
+        time.sleep(3.5)
         assert len(together(engine, GREEDY[:1])) == 1
 
 
 LONG = Request(GREEDY[0].token_ids, "long", 200)
 
 
-@pytest.mark.parametrize("how", ["killed", "stopped"])
-def test_a_lost_rank_is_found_within_the_deadline(how, monkeypatch):
+@pytest.mark.parametrize(("lost", "how"), [(3, signal.SIGKILL), (4, signal.SIGSTOP)])
+def test_a_lost_rank_is_found_within_the_deadline(all_seats, monkeypatch, lost, how):
     died = threading.Event()
     monkeypatch.setattr(leader, "die", lambda error: died.set())
-    rank, deadline_s = ranks.start(), 2.0
+    rank, deadline_s = all_seats[lost], 2.0
     seat = {"name": "llama", "size": 2, "port": ranks.free_port(), "options": SETTINGS, "deadline_s": deadline_s}
-    ranks.tell(rank, rank=1, **seat)
+    rank.tell(rank=1, **seat)
     engine = ranks.engine(rank=0, **seat)
     try:
         future = engine.submit(LONG)
         time.sleep(0.1)
         started = time.monotonic()
-        os.kill(rank.pid, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        os.kill(rank.pid, how)
         with pytest.raises(EngineDead, match="a rank of the gang is lost"):
             future.result(30)
         assert time.monotonic() - started < 3 * deadline_s
@@ -160,8 +161,6 @@ def test_a_lost_rank_is_found_within_the_deadline(how, monkeypatch):
         # Nothing runs any more, and the signs of life find it too.
         assert died.wait(3 * deadline_s)
     finally:
-        rank.kill()
-        rank.communicate()
         engine.close()
 
 
