@@ -26,12 +26,16 @@ def free_port() -> int:
 
 
 def shape(name, **changes):
-    """A seeded fp32 model of a family, with 4 KV heads."""
+    """A seeded fp32 model of a family, with 4 KV heads and `changes` to its config."""
     config = CONFIGS[name]()
     for field, value in ({"num_attention_heads": 8, "num_key_value_heads": 4} | changes).items():
         setattr(config, field, value)
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    for field, parameter in model.named_parameters():
+        if field.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.2)  # they are made as zeros, which no cut can get wrong
+    return model
 
 
 def fail_once(model, call: int, error: Exception) -> None:
@@ -96,7 +100,7 @@ def seats(count: int, **env: str):
                 with suppress(ProcessLookupError):
                     os.kill(seat.pid, signal.SIGKILL)
                 seat.stream.close()
-            process.wait(30)
+            process.kill()
 
 
 def serve(fd: int) -> None:

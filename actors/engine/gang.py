@@ -49,8 +49,8 @@ class Gang:
         self, rank: int, size: int, device: torch.device, port: int, host: str = "127.0.0.1", deadline_s: float = 60.0
     ):
         self.rank, self.size, self.device, self.deadline_s = rank, size, device, deadline_s
+        # Sum in the order of the ranks, whatever the shape: slower, and the same bits for a row wherever it stands.
         self.ordered = False
-        """Sum in the order of the ranks, whatever the shape: slower, and the same bits for a row wherever it stands."""
         patience = timedelta(seconds=START_S)
         with _lost():
             self._store = self._open_store(host, port, patience)
@@ -85,13 +85,16 @@ class Gang:
 
     def reduce(self, part: Tensor) -> Tensor:
         """The sum of all ranks' `part`, in its place; the same bits on every rank."""
-        with _lost():
-            if self.ordered:
-                parts = [torch.empty_like(part) for _ in range(self.size)]
+        if self.ordered:
+            parts = [torch.empty_like(part) for _ in range(self.size)]
+            with _lost():
                 self._compute.allgather([parts], [part]).wait()
-                return part.copy_(sum(parts[1:], start=parts[0]))
-            options = self._options(dist.AllreduceOptions(), self.deadline_s)
-            work = self._compute.allreduce([part], options)
+            part.copy_(parts[0])
+            for other in parts[1:]:
+                part.add_(other)
+            return part
+        with _lost():
+            work = self._compute.allreduce([part], self._options(dist.AllreduceOptions(), self.deadline_s))
             if work is not None:
                 work.wait()
         return part
@@ -203,6 +206,8 @@ class Gang:
 def _lost() -> Generator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, OSError) as e:
         raise EngineDead(f"a rank of the gang is lost: {str(e).partition('. This is')[0]}") from e
 

@@ -51,8 +51,8 @@ def die(error: EngineDead) -> None:
 class Leader:
     """Implements `protocol.Runner` for rank 0's engine.
 
-    A rank that is found dead in a command is an EngineDead there. One found between commands, or a command that takes
-    more than twice the gang's deadline, ends the process (see `die`).
+    A rank that is found dead in a command is an EngineDead there. One that is found between commands ends the process
+    (see `die`), and so does a command that takes a GPU more than twice the gang's deadline.
 
     Args:
         runner: rank 0's own.
@@ -62,7 +62,8 @@ class Leader:
         self._runner, self._gang = runner, runner.gang
         self._lock = threading.Lock()  # the engine's thread and the signs of life take turns
         self._since_s: float | None = None  # when the running command began
-        self._closed = threading.Event()
+        self._closed = False
+        self._beatless = threading.Event()  # closed, or known to be lost
         self._beats = threading.Thread(target=self._beat, name="berth-gang", daemon=True)
         self._beats.start()
 
@@ -93,12 +94,13 @@ class Leader:
 
     def close(self) -> None:
         """Send the other ranks home. Can be repeated."""
-        if self._closed.is_set():
+        if self._closed:
             return
-        self._closed.set()
+        self._closed = True
+        self._beatless.set()
         self._beats.join()
         with contextlib.suppress(EngineDead), self._told(Command.CLOSE):
-            pass
+            self._runner.drop_graphs()  # they hold on to the groups
         self._gang.close()
 
     @contextlib.contextmanager
@@ -106,27 +108,26 @@ class Leader:
         with self._lock:
             self._since_s = time.monotonic()
             try:
-                self._gang.send(torch.from_numpy(np.concatenate([[command], words]).astype(np.int32)))
+                self._gang.send(torch.from_numpy(np.concatenate(([command], words)).astype(np.int32)))
                 yield
+            except EngineDead:
+                self._beatless.set()
+                raise
             finally:
                 self._since_s = None
 
     def _beat(self) -> None:
         deadline_s = self._gang.deadline_s
-        while not self._closed.wait(deadline_s / 4):
+        while not self._beatless.wait(deadline_s / 4):
             since_s = self._since_s
-            if since_s is not None:
-                if time.monotonic() - since_s > 2 * deadline_s:
-                    die(EngineDead(f"a step did not end within {2 * deadline_s:g} s"))
-                    return
-                continue
-            try:
-                with self._told(Command.ALIVE):
-                    self._gang.agree()
-            except EngineDead as e:
-                if not self._closed.is_set():
+            if since_s is None:
+                try:
+                    with self._told(Command.ALIVE):
+                        self._gang.agree()
+                except EngineDead as e:
                     die(e)
-                return
+            elif self._gang.device.type == "cuda" and time.monotonic() - since_s > 2 * deadline_s:
+                die(EngineDead(f"a step did not end within {2 * deadline_s:g} s"))
 
 
 def lead(runner: ShardedRunner) -> Leader:
@@ -148,6 +149,7 @@ def follow(runner: ShardedRunner) -> None:
         told = gang.receive().numpy()
         command, words = Command(told[0]), told[1:]
         if command is Command.CLOSE:
+            runner.drop_graphs()
             gang.close()
             return
         failure: Exception | None = None

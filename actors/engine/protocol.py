@@ -92,7 +92,7 @@ class Capacity:
     Attributes:
         max_model_len: longest context in tokens, prompt and generation together.
         max_batch: rows decoded together at most.
-        kv_bytes_token: KV bytes one token takes; 0 for an engine that holds no pages.
+        kv_bytes_token: KV bytes one token takes, on all ranks together; 0 for an engine that holds no pages.
         pages_total, pages_free, pages_cached: KV pages in all, free, and kept for reuse.
         page_tokens: tokens a page; 0 for an engine that holds no pages.
         running, waiting: requests now.

@@ -125,8 +125,9 @@ class ShardedRunner(Runner):
         gang.reduce(self._spare[:1])  # NCCL sets itself up in its first operation, which no graph could hold
 
     def _sum(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        self.gang.reduce(output)
         self._due -= 1
-        return self.gang.reduce(output)
+        return output
 
     @_agreed
     def step(self, rows: Sequence[RowStep]) -> list[tuple[int, float] | None]:
@@ -181,5 +182,5 @@ class ShardedRunner(Runner):
         count = tokens * self._width
         spare = self._spare if len(self._spare) >= count else self._spare.new_zeros(count)
         while self._due > 0:
+            self.gang.reduce(spare[:count].zero_())
             self._due -= 1
-            self.gang.reduce(spare[:count].view(1, tokens, self._width).zero_())
