@@ -45,12 +45,14 @@ def split(model: Any, rank: int, size: int, device: torch.device) -> None:
         if style in _WHOLE:
             continue
         if style not in _CUT:
-            raise UnsupportedModel("no tensor parallelism for this layer", field=name, got=style, wants="tp: 1")
+            raise UnsupportedModel(
+                "no tensor parallelism for this layer", field=name, got=style, wants="tensor_parallel_size: 1"
+            )
 
         def part(whole: Tensor, dim: int, packed: bool = style == "packed_colwise") -> nn.Parameter:
             halves = whole.chunk(2, dim) if packed else [whole]
             mine = [half.tensor_split(size, dim)[rank] for half in halves]
-            return nn.Parameter(torch.cat(mine, dim).to(device, copy=True).contiguous(), requires_grad=False)
+            return nn.Parameter(torch.cat(mine, dim).to(device), requires_grad=False)
 
         if isinstance(module, nn.Parameter):
             owner, _, attribute = name.rpartition(".")
