@@ -1,4 +1,4 @@
-"""The Serve deployment: one engine on one GPU, or on a laptop's CPU.
+"""The Serve deployment: one engine on one GPU, on a laptop's CPU, or rank 0 of a gang.
 
 Turns a Turn (text) into the engine's matcher (token ids) and back. Knows no ReAct and no storage.
 """
@@ -17,6 +17,7 @@ from ray import serve
 from actors.engine import build
 from actors.engine.loader import load_tokenizer, resolve, stop_token_ids
 from actors.engine.protocol import Capacity, EngineSpec, Request
+from actors.gang import start_ranks, watch
 from actors.messages import Call, Numerics, Reply
 from actors.stopping import TurnMatcher
 
@@ -39,7 +40,9 @@ class Replica:
         model = resolve(spec.model, spec.revision)
         self.tokenizer: Any = load_tokenizer(model.folder, trust_remote_code=spec.trust_remote_code)
         self.stop_token_ids = stop_token_ids(model.folder, trust_remote_code=spec.trust_remote_code)
+        ranks = start_ranks(spec, threads) if spec.tp > 1 else []
         self.engine = build(spec)
+        watch(ranks)
         self.id = f"{serve.get_replica_context().replica_id.unique_id}@{os.uname().nodename}"
 
     async def generate(self, call: Call) -> Reply:

@@ -16,9 +16,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from actors.errors import InputError
+from actors.ladder import RUNGS
 
 Auto = Literal["auto"]
-RUNGS = ("smaller_batch", "shard", "half_precision", "kv_int8", "kv_fp8", "kv_sparse", "weights_int8")
 
 
 class Part(BaseModel):
@@ -108,7 +108,7 @@ class Pool(Part):
     tensor_parallel_size: PositiveInt = Field(default=1, description="GPUs a replica")
     num_gpus: int | Auto = Field(
         default="auto",
-        description="GPUs a replica; auto: 1 where the cluster has some now, so say 1 where it starts from none",
+        description="GPUs a rank; auto: 1 where the cluster has some now, so say 1 where it starts from none",
     )
     replicas: PositiveInt | Auto | ReplicaRange = Field(
         default="auto", description="auto: one for each GPU, or one on a CPU"

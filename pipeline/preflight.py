@@ -75,9 +75,11 @@ def prepare(config: RunConfig) -> Prepared:
     trusted = config.model.trust_remote_code
     model_config = load_config(model.folder, trust_remote_code=trusted)
     if config.engine == "paged":
-        from actors.engine.support import check_supported
+        from actors.engine.support import check_supported, check_tensor_parallel
 
         check_supported(model_config)
+        for name, pool in config.pools.items():
+            check_tensor_parallel(model_config, pool.tensor_parallel_size, f"pools.{name}.tensor_parallel_size")
     tokenizer = load_tokenizer(model.folder, trust_remote_code=trusted)
     check_format(config.agent.format, tokenizer, specs(tools))
     model_len = _model_len(config, model_config)
@@ -137,12 +139,17 @@ def _check_built(config: RunConfig) -> None:
         raise InputError("kept in float32 only", field="numerics", got="invariant", wants="model.dtype: float32")
     if ":" in config.engine and importlib.util.find_spec(config.engine.partition(":")[0].partition(".")[0]) is None:
         raise InputError("no such module", field="engine", got=config.engine, wants="module:factory")
+    if len(config.pools) > 1:
+        raise InputError(
+            "all rows go to one pool yet", field="pools", got=list(config.pools), wants="one of single, sharded"
+        )
     for name, pool in config.pools.items():
-        if pool.tensor_parallel_size > 1 or name != "single":
+        if pool.tensor_parallel_size > 1 and config.engine == "reference":
             raise InputError(
-                "only the pool `single` with tensor_parallel_size 1 can be run yet",
-                field=f"pools.{name}",
+                "the reference engine runs on one GPU",
+                field=f"pools.{name}.tensor_parallel_size",
                 got=pool.tensor_parallel_size,
+                wants="1, or engine: paged",
             )
 
 

@@ -41,7 +41,7 @@ from actors.errors import EngineDead, EngineError, Incomplete, InputError
 from actors.messages import Call, Generation, Numerics, Sampling, Trajectory
 from pipeline import preflight
 from pipeline.batched import Batched
-from pipeline.config import ReplicaRange, RunConfig
+from pipeline.config import Pool, ReplicaRange, RunConfig
 from pipeline.journal import Begin, Journal, Progress
 from pipeline.preflight import Prepared
 from pipeline.suite import Suite
@@ -69,6 +69,7 @@ class Job:
 
     Attributes:
         limits: bounds of a trajectory; the context is the model's.
+        pool: where its rows run.
         concurrent: trajectories one agent actor rolls out at once.
     """
 
@@ -77,6 +78,7 @@ class Job:
     facts: RunFacts
     limits: Limits
     app: str
+    pool: str
     concurrent: int
 
 
@@ -162,7 +164,7 @@ class Attempts:
 
     async def begin(self) -> Begin:
         """Ask the journal for the next attempt."""
-        begun = await self.agents.record("begin", self.task.row_id, "single", "start")
+        begun = await self.agents.record("begin", self.task.row_id, self.job.pool, "start")
         self.attempt = begun.attempt
         return begun
 
@@ -243,7 +245,7 @@ class Attempts:
         from pipeline.scoring import score
 
         scored = score(trajectory, self.agents.scorers, self.job.suite.primary)
-        return result_row(trajectory, scored=scored, run=self.job.facts, pool="single", rung="start")
+        return result_row(trajectory, scored=scored, run=self.job.facts, pool=self.job.pool, rung="start")
 
 
 def _lost(task: Any, attempts: int) -> Trajectory:
@@ -358,11 +360,17 @@ def keep(app: str, journal: Any) -> Any:
     return keeper
 
 
+def serving_pool(config: RunConfig) -> tuple[str, Pool]:
+    """The pool that serves every row: a run has one, until rows are told apart by the memory they need."""
+    return next(iter(config.pools.items()))
+
+
 def deploy(config: RunConfig, app: str) -> tuple[Numerics, Capacity, int]:
     """Start the replicas as the application `app` and wait for the first; (numerics, sizes of one, replicas)."""
     from actors.replica import Replica
 
-    pool = config.pools["single"]
+    pool_name, pool = serving_pool(config)
+    tp = pool.tensor_parallel_size
     gpus = int(ray.cluster_resources().get("GPU", 0))
     replicas = pool.replicas
     scale: dict[str, Any]
@@ -370,28 +378,28 @@ def deploy(config: RunConfig, app: str) -> tuple[Numerics, Capacity, int]:
         scale = {"autoscaling_config": {"min_replicas": replicas.min, "max_replicas": replicas.max}}
         count = replicas.max
     else:
-        count = max(1, gpus) if replicas == "auto" else replicas
+        count = max(1, gpus // tp) if replicas == "auto" else replicas
         scale = {"num_replicas": count}
     wanted = pool.num_gpus if isinstance(pool.num_gpus, int) else min(1, gpus)
     on_gpu = wanted > 0
-    if config.ray.address is None and wanted * count > gpus:
+    if config.ray.address is None and wanted * count * tp > gpus:
         raise InputError(
-            f"{count} replicas want {wanted * count} GPUs",
-            field="pools.single.replicas",
+            f"{count} replicas want {wanted * count * tp} GPUs",
+            field=f"pools.{pool_name}.replicas",
             got=count,
             wants=f"{gpus} GPUs",
         )
-    threads = 0 if on_gpu else max(1, (os.cpu_count() or 1) // count)
+    threads = 0 if on_gpu else max(1, (os.cpu_count() or 1) // (count * tp))
     deployment: Any = serve.deployment(Replica)
     deployment = deployment.options(
-        name="single",
+        name=pool_name,
         max_ongoing_requests=100_000,
         health_check_period_s=2,
         graceful_shutdown_timeout_s=5,
         ray_actor_options={
             "num_cpus": 1 if on_gpu else 0,
             "num_gpus": wanted,
-            "label_selector": pool.labels or None,
+            "label_selector": (pool.labels or None) if tp == 1 else None,
             "runtime_env": _replica_env(config.ray.runtime_env, threads),
         },
         request_router_config=RequestRouterConfig(
@@ -399,10 +407,11 @@ def deploy(config: RunConfig, app: str) -> tuple[Numerics, Capacity, int]:
             request_router_kwargs={"num_fallback_replicas": 0},
         ),
         **scale,
+        **_gang(tp, wanted, pool.labels),
     )
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
     try:
-        handle = serve.run(deployment.bind(engine_spec(config), threads), name=app, route_prefix=None)
+        handle = serve.run(deployment.bind(replace(engine_spec(config), tp=tp), threads), name=app, route_prefix=None)
     except RuntimeError as e:
         raise _start_error(app) from e
     numerics, capacity = handle.describe.remote().result()
@@ -416,6 +425,15 @@ def _replica_env(runtime_env: dict[str, Any], threads: int) -> dict[str, Any]:
     """
     variables = {"OMP_NUM_THREADS": str(threads)} if threads else {}
     return runtime_env | {"env_vars": variables | runtime_env.get("env_vars", {})}
+
+
+def _gang(tp: int, gpus: int, labels: dict[str, str]) -> dict[str, Any]:
+    """Deployment options by which a replica gets a bundle for each of its ranks, all on one node."""
+    if tp == 1:
+        return {}
+    bundle = {"CPU": 1.0, "GPU": float(gpus)} if gpus else {"CPU": 0.01}  # Ray refuses empty bundles
+    options: dict[str, Any] = {"placement_group_bundles": [bundle] * tp, "placement_group_strategy": "STRICT_PACK"}
+    return options | ({"placement_group_bundle_label_selector": [labels] * tp} if labels else {})
 
 
 def _start_error(app: str) -> Exception:
@@ -459,6 +477,7 @@ def plan_agents(prepared: Prepared, app: str, capacity: Capacity, replicas: int)
             context_tokens=capacity.max_model_len,
         ),
         app=app,
+        pool=serving_pool(config)[0],
         concurrent=max(1, -(-replicas * capacity.max_batch * 5 // (4 * agents))),
     )
     return job, agents

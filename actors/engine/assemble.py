@@ -8,18 +8,23 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 
 from actors.engine import loader
 from actors.engine.attention import kernel_for
+from actors.engine.gang import START_S, Gang
 from actors.engine.kv import KVCache, kv_shapes
+from actors.engine.leader import lead
 from actors.engine.paged import PagedEngine
 from actors.engine.protocol import EngineSpec
 from actors.engine.runner import Runner
 from actors.engine.selfcheck import check_numbers
-from actors.engine.support import check_supported
+from actors.engine.shard import ShardedRunner, split
+from actors.engine.support import check_supported, check_tensor_parallel
 from actors.errors import InputError, OutOfMemory
 from actors.messages import Numerics
 
@@ -38,29 +43,36 @@ GRAPH_BYTES = 1 << 30
 def build(spec: EngineSpec) -> PagedEngine:
     """Load a model into a paged engine.
 
+    With `tp` > 1 this is called on every rank, with the environment that `Gang.join` wants: rank 0 gets the engine,
+    the others serve until it is closed, and then raise SystemExit.
+
     Raises:
         ModelUnavailable, UnsupportedModel: see `loader` and `support`.
         InputError: no kernel for this device and dtype, or numerics that it cannot keep.
         OutOfMemory: the model leaves no room for a KV page.
     """
-    if spec.tp != 1:
-        raise InputError("one GPU a replica for now", field="tensor_parallel_size", got=spec.tp, wants="1")
     if spec.kv_dtype != "auto":
         raise InputError("KV is kept in the model's dtype", field="memory.kv_dtype", got=spec.kv_dtype, wants="auto")
     device = torch.device(spec.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and spec.gpu_memory_fraction is not None:
         torch.cuda.set_per_process_memory_fraction(spec.gpu_memory_fraction)
     found = loader.resolve(spec.model, spec.revision)
-    check_supported(loader.load_config(found.folder, trust_remote_code=spec.trust_remote_code))
+    config = loader.load_config(found.folder, trust_remote_code=spec.trust_remote_code)
+    check_supported(config)
+    check_tensor_parallel(config, spec.tp)
+    gang = Gang.join(spec.tp, device, spec.rank_deadline_s) if spec.tp > 1 else None
     try:
-        model = loader.load_model(
-            found.folder,
-            spec.dtype,
-            device,
-            adapter=spec.adapter,
-            quantization=spec.quantization,
-            trust_remote_code=spec.trust_remote_code,
-        )
+        with nullcontext() if gang is None else gang.agreed(START_S):
+            model = loader.load_model(
+                found.folder,
+                str(loader.resolve_dtype(spec.dtype, device)).removeprefix("torch."),
+                device if gang is None else "cpu",
+                adapter=spec.adapter,
+                quantization=spec.quantization,
+                trust_remote_code=spec.trust_remote_code,
+            )
+            if gang is not None:
+                split(model, gang.rank, gang.size, device)
     except torch.OutOfMemoryError as e:
         raise OutOfMemory(f"the weights of {spec.model} do not fit this GPU: {e}") from e
     return over_model(
@@ -72,6 +84,7 @@ def build(spec: EngineSpec) -> PagedEngine:
         pages=spec.kv_pages,
         invariant=spec.numerics == "invariant",
         budget_fraction=spec.budget_fraction * (spec.gpu_memory_fraction or 1.0),
+        gang=gang,
     )
 
 
@@ -88,6 +101,7 @@ def over_model(
     invariant: bool = False,
     graphs: bool = True,
     budget_fraction: float = 0.9,
+    gang: Gang | None = None,
 ) -> PagedEngine:
     """A paged engine over a loaded model, on the model's device.
 
@@ -98,7 +112,10 @@ def over_model(
         pages: KV pages, the scratch page included; None takes what the budget leaves.
         invariant: same row, same tokens, whatever else runs; float32 only.
         budget_fraction: share of the GPU's memory to use.
+        gang: this rank's seat, the model being its part (see `shard.split`). Ranks other than 0 do not return: they
+            serve until rank 0's engine is closed, then raise SystemExit.
     """
+    tp = 1 if gang is None else gang.size
     device, dtype = model.device, model.dtype
     if invariant and dtype != torch.float32:
         raise InputError("kept in float32 only", field="numerics", got="invariant", wants="model.dtype: float32")
@@ -106,25 +123,30 @@ def over_model(
     length = max_model_len or getattr(model.config, "max_position_embeddings", None) or 1 << 17
     batch = max_batch or MAX_BATCH[device.type]
     prefill = max_prefill_tokens or MAX_PREFILL_TOKENS[device.type]
-    kv = KVCache(kv_shapes(model.config), 2, page_tokens, dtype, device)
+    kv = KVCache(kv_shapes(model.config, tp), 2, page_tokens, dtype, device)
     check_numbers(chosen, kv, model.config)
-    runner = Runner(model, kv, chosen, batch, prefill, length, graphs=graphs, invariant=invariant)
-    count = pages or _pages(runner, kv, budget_fraction, batch, length)
+    kind: Any = Runner if gang is None else partial(ShardedRunner, gang=gang)
+    runner: Runner = kind(model, kv, chosen, batch, prefill, length, graphs=graphs, invariant=invariant)
+    with nullcontext() if gang is None else gang.agreed(START_S):
+        count = pages or _pages(runner, kv, budget_fraction, batch, length, tp)
+    count = count if gang is None else gang.smallest(count)
     runner.resize(count)
     runner.capture()
+    leader = lead(runner) if isinstance(runner, ShardedRunner) else None
     name = str(dtype).removeprefix("torch.")
     log.info("%d KV pages of %d tokens, kernel %s, %s", count, page_tokens, chosen, name)
     return PagedEngine(
-        runner,
+        leader or runner,
         num_pages=count,
         page_tokens=page_tokens,
         max_model_len=length,
         max_batch=batch,
         max_prefill_tokens=prefill,
-        numerics=Numerics("paged", chosen, name, name, name, 1, revision, reproducible=invariant),
-        kv_bytes_token=kv.bytes_token,
+        numerics=Numerics("paged", chosen, name, name, name, tp, revision, reproducible=invariant),
+        kv_bytes_token=kv.bytes_token * tp,
         oom_errors=(torch.OutOfMemoryError, MemoryError),
-        drop_caches=torch.cuda.empty_cache if device.type == "cuda" else lambda: None,
+        drop_caches=leader.drop_caches if leader else torch.cuda.empty_cache if device.type == "cuda" else lambda: None,
+        on_close=leader.close if leader else lambda: None,
         squeezed=_squeezed(device) if device.type == "cuda" else lambda: False,
     )
 
@@ -140,11 +162,11 @@ def _squeezed(device: torch.device) -> Callable[[], bool]:
     return lambda: others() > before + OTHERS_BYTES
 
 
-def _pages(runner: Runner, kv: KVCache, budget_fraction: float, batch: int, length: int) -> int:
+def _pages(runner: Runner, kv: KVCache, budget_fraction: float, batch: int, length: int, tp: int) -> int:
     """How many pages fit: no more than a full batch of the longest contexts could use."""
     most = batch * -(-length // kv.page_tokens) + 1
     if kv.device.type == "cpu":
-        room = int(CPU_POOL_FRACTION * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+        room = int(CPU_POOL_FRACTION / tp * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
     else:
         step_bytes = runner.profile()
         torch.cuda.empty_cache()

@@ -56,6 +56,7 @@ class PagedEngine:
         drop_caches: called after each out-of-memory error, say `torch.cuda.empty_cache`.
         squeezed: whether somebody else holds memory that was free at the start.
         patience_s: how long the engine waits for it, since its last good step, before it gives up more than bounds.
+        on_close: called at the end of `close`.
         on_dead: called once, in the engine's thread, when the engine has died and its futures have failed.
         clock: seconds.
     """
@@ -77,6 +78,7 @@ class PagedEngine:
         drop_caches: Callable[[], None] = lambda: None,
         squeezed: Callable[[], bool] = lambda: False,
         patience_s: float = 60.0,
+        on_close: Callable[[], None] = lambda: None,
         on_dead: Callable[[BaseException], None] = lambda error: None,
         clock: Callable[[], float] = time.perf_counter,
     ):
@@ -97,6 +99,7 @@ class PagedEngine:
         self._min_prefill_tokens = min(min_prefill_tokens, max_prefill_tokens)
         self._grow_after = grow_after
         self._oom_errors, self._drop_caches, self._on_dead, self._clock = oom_errors, drop_caches, on_dead, clock
+        self._on_close = on_close
         self._squeezed, self._patience_s, self._waited_s = squeezed, patience_s, 0.0
         self._events = dict.fromkeys(_EVENTS.split(), 0)
         self._evictions_before = 0  # in pools that were replaced
@@ -168,6 +171,7 @@ class PagedEngine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
         self._runner = None
+        self._on_close()
 
     def _refusal(self, request: Request) -> EngineError | None:
         length, limit = len(request.token_ids), self.scheduler.max_model_len

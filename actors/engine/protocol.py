@@ -61,6 +61,8 @@ class EngineSpec:
         gpu_memory_fraction: torch's per-process cap on the device's memory.
         kv_dtype: auto is the model's dtype.
         kv_pages: KV pages; None takes what the budget leaves.
+        tp: ranks that the model is split over, one process each.
+        rank_deadline_s: how long a rank waits for the others before it takes one for dead.
     """
 
     model: str
@@ -80,6 +82,7 @@ class EngineSpec:
     kv_dtype: str = "auto"
     kv_pages: int | None = None
     tp: int = 1
+    rank_deadline_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,7 @@ class Capacity:
     Attributes:
         max_model_len: longest context in tokens, prompt and generation together.
         max_batch: rows decoded together at most.
-        kv_bytes_token: KV bytes one token takes; 0 for an engine that holds no pages.
+        kv_bytes_token: KV bytes one token takes, on all ranks together; 0 for an engine that holds no pages.
         pages_total, pages_free, pages_cached: KV pages in all, free, and kept for reuse.
         page_tokens: tokens a page; 0 for an engine that holds no pages.
         running, waiting: requests now.

@@ -101,6 +101,28 @@ def check_class(config: Any, name: str) -> None:
         )
 
 
+def tensor_parallel_sizes(config: Any) -> list[int]:
+    """The numbers of ranks over which the model's KV heads can be split, rising."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return [size for size in range(1, heads + 1) if heads % size == 0]
+
+
+def check_tensor_parallel(config: Any, size: int, field: str = "tensor_parallel_size") -> None:
+    """Refuse a number of ranks that does not divide the model's KV heads.
+
+    Raises:
+        UnsupportedModel: names those that do.
+    """
+    sizes = tensor_parallel_sizes(config)
+    if size not in sizes:
+        raise UnsupportedModel(
+            f"the model's {sizes[-1]} KV heads cannot be split evenly",
+            field=field,
+            got=size,
+            wants=" or ".join(map(str, sizes)),
+        )
+
+
 def window_of(config: Any) -> int | None:
     """The sliding window of the config's sliding layers in tokens; None where all layers see everything."""
     types = cast(set[str], set(getattr(config, "layer_types", None) or ()))

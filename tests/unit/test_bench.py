@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import engine_gpu, react_replay
+from bench import engine_gpu, react_replay, tensor_parallel
 from bench.common import model_config
 
 
@@ -67,3 +67,13 @@ def test_checks(tmp_path):
 
 def test_nothing_ends_early():
     assert model_config("8b").eos_token_id is None
+
+
+@pytest.mark.slow
+def test_tensor_parallel(tmp_path):
+    out = tmp_path / "tp.json"
+    tensor_parallel.main(f"--shape tiny --device cpu --sizes 1,2 --rows 4 --context 64 --out {out}".split())
+    one, two = json.loads(out.read_text())["results"]
+    assert (one["tensor_parallel"], two["tensor_parallel"]) == (1, 2)
+    assert one["agreement"] == two["agreement"] == 1.0
+    assert two["prefill_tok_s"] > 0 < two["decode_ms"]

@@ -1,0 +1,101 @@
+"""A gang of two ranks under Serve, on CPUs: a run of its own, and with a rank killed or stopped in the middle."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from actors.engine.loader import load_tokenizer
+from tests.integration.test_run import ROOT, children, command, finished_rows, rows_of, run, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+GANG = ["--set", "pools={sharded: {tensor_parallel_size: 2, replicas: 1}}"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, smollm2) -> Path:
+    """A seeded Llama with 4 KV heads and SmolLM2's tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = load_tokenizer(smollm2)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=8192,
+        initializer_range=0.2,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def sharded(out: Path, model: Path, rows: int) -> list[str]:
+    return command(out, "--limit", str(rows), "--set", f"model.id={model}", *GANG, engine="paged")
+
+
+def check(out: Path, rows: int) -> pd.DataFrame:
+    frame = rows_of(out)
+    assert frame["row_id"].is_unique
+    assert len(frame) == rows
+    assert (frame["status"] == "ok").all(), frame["error"].tolist()
+    assert set(frame["tp"]) == {2}
+    assert set(frame["pool"]) == {"sharded"}
+    return frame
+
+
+def test_a_sharded_run_gives_the_rows_of_one_process(tmp_path, model):
+    done = run(sharded(tmp_path / "two", model, 6))
+    assert done.returncode == 0, done.stdout + done.stderr
+    two = check(tmp_path / "two", 6)
+    done = run(command(tmp_path / "one", "--limit", "6", "--set", f"model.id={model}", engine="paged"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    one = rows_of(tmp_path / "one")
+    steps = [[(step["thought"], step["action"]) for step in row] for row in two.sort_values("row_id")["trajectory"]]
+    assert steps == [
+        [(step["thought"], step["action"]) for step in row] for row in one.sort_values("row_id")["trajectory"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("victim", "how"),
+    [
+        ("Rank", signal.SIGKILL),
+        ("ServeReplica", signal.SIGKILL),
+        ("Rank", signal.SIGSTOP),
+        ("ServeReplica", signal.SIGSTOP),
+    ],
+)
+def test_a_lost_rank_rebuilds_the_gang_and_loses_no_row(tmp_path, model, victim, how):
+    out, rows = tmp_path / "out", 40
+    argv = [*sharded(out, model, rows), "--set", "memory.max_batch=4"]
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        wait_for(lambda: len(finished_rows(out)) > 4)
+        [target, *_] = children(process.pid, f"ray::{victim}")
+        other = {p.pid for p in children(process.pid, "ray::Rank") + children(process.pid, "ray::ServeReplica")}
+        target.send_signal(how)
+        killed, before = time.monotonic(), len(finished_rows(out))
+        wait_for(lambda: not other & {p.pid for p in children(process.pid, "ray::")}, 300)
+        gone_s = time.monotonic() - killed
+        wait_for(lambda: len(finished_rows(out)) > before + 4)
+        print(
+            json.dumps(
+                {"victim": victim, "signal": how.name, "gang_gone_s": gone_s, "rows_again_s": time.monotonic() - killed}
+            )
+        )
+        output = process.communicate(timeout=900)[0].decode()
+    assert process.returncode == 0, output
+    check(out, rows)
+    attempts = pd.read_parquet(out / "attempts")
+    assert (attempts["outcome"] == "ok").sum() == rows
+    assert 0 < (attempts["outcome"] != "ok").sum() <= 2 * 8

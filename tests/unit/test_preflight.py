@@ -1,0 +1,33 @@
+import pytest
+
+from actors.errors import InputError
+from pipeline.config import load_run
+from pipeline.preflight import prepare
+from tests.unit.test_config import ROOT
+
+SHARDED = "pools={sharded: {tensor_parallel_size: %d}}"
+
+
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        (
+            [SHARDED % 2],
+            r"pools\.sharded\.tensor_parallel_size: the model's 3 KV heads cannot be split .* \(got 2\); wants 1 or 3",
+        ),
+        (
+            ["pools.single.tensor_parallel_size=4"],
+            r"pools\.single\.tensor_parallel_size: .* \(got 4\); wants 1 or 3",
+        ),
+        ([SHARDED % 3, "engine=reference"], r"pools\.sharded\.tensor_parallel_size: .* \(got 3\); wants 1, or engine"),
+        (["pools={single: {}, sharded: {}}"], r"pools: .*\['single', 'sharded'\]"),
+    ],
+)
+def test_a_pool_that_cannot_run_is_refused(smollm2, sets, words):
+    with pytest.raises(InputError, match=words):
+        prepare(load_run(ROOT / "configs" / "quickstart.yaml", sets))
+
+
+def test_a_size_that_divides_the_kv_heads_is_let_in(smollm2):
+    prepared = prepare(load_run(ROOT / "configs" / "quickstart.yaml", [SHARDED % 3]))
+    assert prepared.config.pools["sharded"].tensor_parallel_size == 3
