@@ -80,7 +80,7 @@ def prepare(config: RunConfig) -> Prepared:
         check_supported(model_config)
     tokenizer = load_tokenizer(model.folder, trust_remote_code=trusted)
     check_format(config.agent.format, tokenizer, specs(tools))
-    model_len = _model_len(config, model_config)
+    model_len = context_tokens(config, model_config)
     _check_context(config, suite, rows, tools, tokenizer, model_len)
     return Prepared(
         config=config,
@@ -170,7 +170,8 @@ def _check_gold(suite: Suite, scorers: Sequence[Scorer], rows: Rows) -> None:
         )
 
 
-def _model_len(config: RunConfig, model_config: Any) -> int:
+def context_tokens(config: RunConfig, model_config: Any) -> int:
+    """The longest context that the model, or the config, allows."""
     text_config = model_config.get_text_config()
     own = getattr(text_config, "max_position_embeddings", None)
     wanted = config.model.max_model_len

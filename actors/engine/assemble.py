@@ -168,7 +168,9 @@ def _measure(runner: Runner) -> dict[str, int]:
         torch.OutOfMemoryError: the largest step does not fit.
     """
     device = runner.kv.device
+    before = torch.cuda.memory_allocated(device)
     runner.profile(1, 1)  # cuBLAS takes its workspace, modules are loaded: neither belongs to a step
+    workspace_bytes = torch.cuda.memory_allocated(device) - before
     activation_bytes = runner.profile(max_batch=1)
     logits_bytes = runner.profile(max_prefill_tokens=1)
     torch.cuda.empty_cache()
@@ -177,6 +179,7 @@ def _measure(runner: Runner) -> dict[str, int]:
     return {
         "activation_bytes": activation_bytes,
         "logits_bytes": logits_bytes,
+        "workspace_bytes": workspace_bytes,
         "context_bytes": total - free - reserved,
         "slack_bytes": reserved - torch.cuda.memory_allocated(device),
     }
@@ -191,6 +194,7 @@ def _pages(kv: KVCache, predicted: Memory, measured: Mapping[str, int], budget_f
         own = torch.cuda.memory_reserved(kv.device)
         room = min(free - int((1 - budget_fraction) * total), int(budget_fraction * total) - own)
         room -= max(measured["activation_bytes"], measured["logits_bytes"])
+        # The engine's own thread will want a workspace too.
         room -= predicted.graph_bytes + predicted.slack_bytes + predicted.workspace_bytes // THREADS
     pages = min(most, room // kv.bytes_page)
     if pages < 2:

@@ -83,6 +83,7 @@ class Parameters:
         experts: those of routed experts.
         active: those that one token is multiplied with in the layers: neither embedding nor head, and of the experts
             only the chosen.
+        read: those that a decode step reads, if its rows take every expert: all but an embedding that is not the head.
     """
 
     total: int
@@ -90,6 +91,7 @@ class Parameters:
     head: int
     experts: int
     active: int
+    read: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ def parameters(config: Any) -> Parameters:
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     share = config.num_experts_per_tok / config.num_experts if experts else 0.0
     body = total - embedding - (0 if tied else head)
-    return Parameters(total, embedding, head, experts, int(body - experts * (1 - share)))
+    return Parameters(total, embedding, head, experts, int(body - experts * (1 - share)), body + head)
 
 
 def weights_bytes(config: Any, dtype: torch.dtype, quantization: str | None = None, tp: int = 1) -> int:
@@ -268,7 +270,9 @@ def _nvml() -> Any:
 
 
 def _key(config: Any) -> str:
-    return json.dumps(config.to_dict() | {"dtype": None}, sort_keys=True, default=str)
+    fields = config.to_dict() | {"dtype": None}
+    fields.pop("quantization_config", None)
+    return json.dumps(fields, sort_keys=True, default=str)
 
 
 @lru_cache(maxsize=8)
