@@ -14,6 +14,7 @@ reports as the total, which is less than the name says (H200: bench/results; oth
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -24,9 +25,10 @@ from rich.table import Table
 
 from actors.engine.protocol import Memory
 from actors.errors import InputError, ModelUnavailable
+from actors.formats import check_format
 from pipeline.config import RunConfig
 from pipeline.console import Screen, duration
-from pipeline.preflight import context_tokens, transcript
+from pipeline.preflight import context_tokens, specs, transcript
 from pipeline.suite import Suite, SuiteConfig, load_suite, read_rows
 
 GIB = 1 << 30
@@ -387,13 +389,15 @@ def _timed(option: Option, config: RunConfig, shape: Shape, expected: Forecast) 
 
 
 def local_gpus() -> list[Gpu]:
-    """This machine's GPUs, one of a kind; their rates are the table's where it has them."""
+    """This machine's GPUs that the kernels run on (capability 8.0), one of a kind; rates are the table's, if it has any."""
     from actors.engine.memory import local_devices
 
     found = local_devices()
     gpus: list[Gpu] = []
     for device in dict.fromkeys(found):
-        alike = [gpu for gpu in GPUS if gpu.name.split()[0] in device.name.split()]
+        if device.capability < (8, 0):
+            continue
+        alike = [gpu for gpu in GPUS if gpu.name.split()[0] in re.findall(r"\w+", device.name)]
         rates = min(alike, key=lambda gpu: abs(gpu.memory_bytes - device.memory_bytes), default=None)
         gpus.append(
             Gpu(
@@ -454,6 +458,8 @@ def make_plan(config: RunConfig, gpus: Sequence[Gpu]) -> Plan:
     except ModelUnavailable as e:
         tokenizer = None
         notes.append(f"{e}; prompts are estimated at {CHARACTERS_TOKEN} characters a token, tools left out")
+    else:
+        check_format(config.agent.format, tokenizer, specs(tools))
     model_len = context_tokens(config, model_config)
     expected = forecast(config, suite, tools, tokenizer, model_len)
     dtype = resolve_dtype("bfloat16" if config.model.dtype == "auto" else config.model.dtype, "cpu")

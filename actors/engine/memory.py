@@ -146,7 +146,7 @@ def logits_bytes(config: Any, dtype: torch.dtype, batch: int) -> int:
     if getattr(config, "final_logit_softcapping", None) is not None:
         logits *= 2  # the capped ones beside what they are computed from
     rows = min(batch, CHUNK_ROWS)
-    return logits + _traced_draw(rows, config.vocab_size) + SORT_BYTES * rows * config.vocab_size
+    return logits + _traced_draw(rows, config.vocab_size, dtype) + SORT_BYTES * rows * config.vocab_size
 
 
 def graph_bytes(config: Any, dtype: torch.dtype, batch: int, max_model_len: int, hopper: bool, tp: int = 1) -> int:
@@ -331,9 +331,9 @@ def _traced_forward(key: str, tp: int) -> int:
 
 
 @lru_cache(maxsize=32)
-def _traced_draw(rows: int, vocabulary: int) -> int:
+def _traced_draw(rows: int, vocabulary: int, dtype: torch.dtype) -> int:
     with torch.device("meta"):
-        logits_BV = torch.empty(rows, vocabulary, dtype=torch.bfloat16)
+        logits_BV = torch.empty(rows, vocabulary, dtype=dtype)
         ints_B, floats_B = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
     return live_peak_bytes(lambda: choose(logits_BV, ints_B, ints_B, floats_B, floats_B, ints_B))
 

@@ -161,8 +161,11 @@ class MemoryReport:
     device_used_bytes: int | None = None
 
     def __str__(self) -> str:
+        def mib(size: int | None) -> str:
+            return "?" if size is None else f"{size / 2**20:,.0f}"
+
         return ", ".join(
-            f"{name.removesuffix('_bytes')} {getattr(self.predicted, name) / 2**20:,.0f} → {found / 2**20:,.0f}"
+            f"{name.removesuffix('_bytes')} {mib(getattr(self.predicted, name))} → {mib(found)}"
             for name, found in self.measured.items()
         )
 
