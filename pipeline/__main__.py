@@ -102,7 +102,8 @@ def plan(config: Config, sets: Sets = None, limit: Limit = None, as_json: Json =
     """
     screen = Screen(quiet_stdout=as_json)
     with spoken(screen):
-        from pipeline.plan import GPUS, local_gpus, make_plan, show, to_json
+        from pipeline.hardware import GPUS, local_gpus
+        from pipeline.plan import make_plan, show, to_json
 
         run_config = load_run(config, sets or (), limit=limit)
         screen.line("config", f"suite {run_config.suite}, model {run_config.model.id}")

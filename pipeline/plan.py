@@ -1,22 +1,16 @@
 """What a run will need, before any GPU is taken: config, suite and the model's config.json → does it fit, at which
 rung, how many trajectories at once, hours, cost, risk; for this machine's GPUs and for a table of common ones.
 
-Memory comes from `actors.engine.memory`, trajectories from `trajectory_tokens`. Hours are a roofline: operations of the
-prefill over the matrix rate, bytes of a decode step (weights and the rows' KV) over the memory rate, divided by the
-share of these rates that the engine reached on an H200 (`Efficiency`), which is assumed to hold on other GPUs. Loading,
-tools and waiting for nodes are not in the hours.
-
-The table. Matrix rate: dense bf16 with fp32 sums; memory rate: the board's; both from NVIDIA's data sheets (A10G: AWS's
-variant of the A10, half its matrix rate; L4; A100 PCIe 40 GB and SXM 80 GB; H100 SXM; H200 SXM). Memory: what CUDA
-reports as the total, which is less than the name says (H200: bench/results; others: from torch's messages).
+Memory comes from `actors.engine.memory`, GPUs and hours from `hardware`, trajectories from `trajectory_tokens`. Knows
+nothing of what other jobs hold of a GPU, and learns nothing from past runs.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +22,10 @@ from actors.errors import InputError, ModelUnavailable
 from actors.formats import check_format
 from pipeline.config import RunConfig
 from pipeline.console import Screen, duration
+from pipeline.hardware import GIB, Gpu, Shape, Work, run_seconds
 from pipeline.preflight import context_tokens, specs, transcript
 from pipeline.suite import Suite, SuiteConfig, load_suite, read_rows
 
-GIB = 1 << 30
 SAMPLED_PROMPTS = 256
 CHARACTERS_TOKEN = 4
 GENERATED_SHARE = 0.5
@@ -48,56 +42,7 @@ TABLE_COLUMNS = 140
 
 
 @dataclass(frozen=True, slots=True)
-class Gpu:
-    """A GPU. Rates are None where they are not known.
-
-    Attributes:
-        memory_bytes: what CUDA reports.
-        matrix_flop_s: operations a second.
-        memory_bytes_s: bytes a second.
-        hopper: of capability 9.0.
-        count: how many there are; None for as many as one likes.
-    """
-
-    name: str
-    memory_bytes: int
-    matrix_flop_s: float | None
-    memory_bytes_s: float | None
-    hopper: bool = False
-    count: int | None = None
-
-
-GPUS = (
-    Gpu("A10G 24 GB", int(22.0 * GIB), 70e12, 0.600e12),
-    Gpu("L4 24 GB", int(22.0 * GIB), 121e12, 0.300e12),
-    Gpu("A100 40 GB", int(39.4 * GIB), 312e12, 1.555e12),
-    Gpu("A100 80 GB", int(79.2 * GIB), 312e12, 2.039e12),
-    Gpu("H100 80 GB", int(79.1 * GIB), 989e12, 3.35e12, hopper=True),
-    Gpu("H200 141 GB", int(139.8 * GIB), 989e12, 4.8e12, hopper=True),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Efficiency:
-    """What the engine reached, from bench/results/react_replay_8b.json (Qwen3-8B shape, bf16, one H200).
-
-    Attributes:
-        prefill: share of the matrix rate.
-        decode: share of the memory rate.
-        step_s: host work of a step.
-        sharded_prefill, sharded_decode: share that is left of each doubling of the GPUs (two H100s by NVLink: prefill
-            30.4 k → 46.2 k tokens/s, decode 18.5 → 14.7 ms a step).
-    """
-
-    prefill: float = 0.417
-    decode: float = 0.563
-    step_s: float = 0.0058
-    sharded_prefill: float = 0.76
-    sharded_decode: float = 0.63
-
-
-@dataclass(frozen=True, slots=True)
-class Forecast:
+class Expected:
     """The trajectories of a suite, in tokens.
 
     Attributes:
@@ -116,38 +61,6 @@ class Forecast:
     worst: int
     steps: float
     exact: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What the roofline needs of a model, on one of `tp` ranks where it says bytes.
-
-    Attributes:
-        active: parameters that a token is multiplied with in the layers.
-        head: parameters of the output head.
-        attention: numbers in all layers' queries of a token.
-        read_bytes: weights that a decode step reads; expert_bytes: of them experts.
-        used_experts: share of the experts that a token takes.
-    """
-
-    active: int
-    head: int
-    attention: int
-    read_bytes: int
-    expert_bytes: int
-    used_experts: float
-    kv_bytes_token: int
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What a run computes, in tokens; `_context` sums the context that each of these tokens attends to."""
-
-    calls: float
-    prefill: float
-    prefill_context: float
-    decode: float
-    decode_context: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +110,7 @@ def trajectory_tokens(suite: SuiteConfig, prompt_tokens: int) -> tuple[int, int,
     return (min(worst, prompt_tokens + round(float(p50))), min(worst, prompt_tokens + round(float(p95))), worst)
 
 
-def forecast(config: RunConfig, suite: Suite, tools: Sequence[Any], tokenizer: Any, model_len: int) -> Forecast:
+def forecast(config: RunConfig, suite: Suite, tools: Sequence[Any], tokenizer: Any, model_len: int) -> Expected:
     """The suite's trajectories; with a tokenizer the prompts of up to `SAMPLED_PROMPTS` rows are rendered."""
     rows = read_rows(suite, config)
     if not rows.tasks:
@@ -215,45 +128,17 @@ def forecast(config: RunConfig, suite: Suite, tools: Sequence[Any], tokenizer: A
     prompt = int(np.median(lengths))
     p50, p95, worst = (min(tokens, model_len) for tokens in trajectory_tokens(suite.config, prompt))
     steps = min(suite.config.prior.steps[1], config.agent.max_steps or suite.config.limits.max_steps)
-    return Forecast(len(rows.tasks), prompt, shared, p50, p95, worst, steps, tokenizer is not None)
+    return Expected(len(rows.tasks), prompt, shared, p50, p95, worst, steps, tokenizer is not None)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-# --- speed
+# --- work
 
 
-def run_seconds(
-    work: Work, shape: Shape, gpu: Gpu, rows: int, tp: int = 1, efficiency: Efficiency | None = None
-) -> tuple[float, float]:
-    """Seconds of prefill and of decode on one replica that decodes `rows` rows together.
-
-    Args:
-        shape: of one rank.
-        efficiency: what is reached of the rates; all of them, and no host work, at Efficiency(1, 1, 0).
-
-    Raises:
-        ValueError: the GPU's rates are not known.
-    """
-    if gpu.matrix_flop_s is None or gpu.memory_bytes_s is None:
-        raise ValueError(f"the rates of {gpu.name} are not known")
-    reached = efficiency or Efficiency()
-    doublings = math.log2(tp)
-    flop_s = gpu.matrix_flop_s * tp * reached.prefill * reached.sharded_prefill**doublings
-    bytes_s = gpu.memory_bytes_s * reached.decode * reached.sharded_decode**doublings
-    prefill_flop = 2 * (shape.active * work.prefill + shape.head * work.calls)
-    decode_flop = 2 * (shape.active + shape.head) * work.decode + 4 * shape.attention * work.decode_context
-    steps = work.decode / rows
-    # The experts that no row of a step takes are not read.
-    unread = shape.expert_bytes * (1 - shape.used_experts) ** rows
-    decode_bytes = steps * (shape.read_bytes - unread) + work.decode_context * shape.kv_bytes_token
-    prefill_s = (prefill_flop + 4 * shape.attention * work.prefill_context) / flop_s
-    return prefill_s, max(decode_bytes / bytes_s, decode_flop / flop_s) + steps * reached.step_s
-
-
-def work_of(expected: Forecast) -> Work:
+def work_of(expected: Expected) -> Work:
     """The run's work, every row as the median one; what all rows share is computed once."""
     grown = expected.p50 - expected.prompt
     context = expected.prompt + grown / 2
@@ -271,7 +156,7 @@ def work_of(expected: Forecast) -> Work:
 # --- memory
 
 
-def residents(pool_tokens: int, expected: Forecast, page_tokens: int) -> int:
+def residents(pool_tokens: int, expected: Expected, page_tokens: int) -> int:
     """Most trajectories whose peaks, all at the same time, exceed the pool with a probability of at most `RISK`."""
     room = pool_tokens - expected.shared // page_tokens * page_tokens
     if expected.worst > pool_tokens:
@@ -282,14 +167,14 @@ def residents(pool_tokens: int, expected: Forecast, page_tokens: int) -> int:
     return max(1, int(root**2))
 
 
-def overflow_risk(count: int, pool_tokens: int, expected: Forecast, page_tokens: int) -> float:
+def overflow_risk(count: int, pool_tokens: int, expected: Expected, page_tokens: int) -> float:
     """Probability that the peaks of `count` trajectories, all at the same time, exceed the pool."""
     room = pool_tokens - expected.shared // page_tokens * page_tokens
     mean, deviation = _own_tokens(expected, page_tokens)
     return _above((room - count * mean) / (max(deviation, 1.0) * math.sqrt(count)))
 
 
-def _own_tokens(expected: Forecast, page_tokens: int) -> tuple[float, float]:
+def _own_tokens(expected: Expected, page_tokens: int) -> tuple[float, float]:
     """Mean and standard deviation of what a trajectory holds beside the shared pages, at its peak, in whole pages."""
     own = expected.p50 - expected.shared // page_tokens * page_tokens + page_tokens / 2
     return own, (expected.p95 - expected.p50) / Z_P95
@@ -300,8 +185,16 @@ def _above(deviations: float) -> float:
 
 
 def rungs(config: RunConfig, kv_heads: int, batch: int, prefill: int) -> list[tuple[str, int, int, int]]:
-    """(name, GPUs, max batch, max prefill tokens) in the order of the fallback policy, beginning with the config."""
+    """(name, GPUs, max batch, max prefill tokens) in the order of the fallback policy, beginning with the config.
+
+    Raises:
+        InputError: the KV heads cannot be split as the config wants.
+    """
     base = min(pool.tensor_parallel_size for pool in config.pools.values())
+    if kv_heads % base:
+        raise InputError(
+            "the model's KV heads cannot be split so", field="pools", got=base, wants=f"a divisor of {kv_heads}"
+        )
     found = [("as it is", base, batch, prefill)]
     for kind in ("smaller_batch", "shard") if isinstance(config.fallback, str) else config.fallback:
         if kind == "smaller_batch":
@@ -312,67 +205,81 @@ def rungs(config: RunConfig, kv_heads: int, batch: int, prefill: int) -> list[tu
     return found
 
 
-def choose(config: RunConfig, model_config: Any, expected: Forecast, model_len: int, gpu: Gpu) -> Option:
-    """The first rung at which the longest trajectory fits the GPU, and what the run takes there."""
+def choose(config: RunConfig, model_config: Any, expected: Expected, model_len: int, gpu: Gpu) -> Option:
+    """The first rung at which the longest trajectory fits the GPU, and what the run takes there; else the last one."""
     from actors.engine.assemble import MAX_BATCH, MAX_PREFILL_TOKENS
     from actors.engine.kv import kv_shapes
-    from actors.engine.loader import resolve_dtype
-    from actors.engine.memory import PAGE_TOKENS, kv_token_bytes, parameters, predict
 
     asked = config.memory
-    # Every GPU of the table computes bfloat16.
-    dtype = resolve_dtype("bfloat16" if config.model.dtype == "auto" else config.model.dtype, "cpu")
     batch = MAX_BATCH["cuda"] if asked.max_batch == "auto" else asked.max_batch
     prefill = MAX_PREFILL_TOKENS["cuda"] if asked.max_prefill_tokens == "auto" else asked.max_prefill_tokens
-    kv_heads, head_dim = kv_shapes(model_config)[0]
-    option = None
-    for name, gpus, rows, tokens in rungs(config, kv_heads, batch, prefill):
-        if option is not None and gpu.count is not None and gpus > gpu.count:
-            continue
-        memory = predict(
-            model_config,
-            dtype=dtype,
-            max_prefill_tokens=tokens,
-            max_batch=rows,
-            max_model_len=model_len,
-            quantization=config.model.quantization,
-            tp=gpus,
-            kv_dtype=asked.kv_dtype,
-            hopper=gpu.hopper,
-            device_bytes=gpu.memory_bytes,
-            budget_fraction=asked.budget_fraction,
-            gpu_memory_fraction=asked.gpu_memory_fraction,
-        )
-        kv_bytes_token = kv_token_bytes(model_config, dtype, asked.kv_dtype, gpus)
-        pool_tokens = (memory.pool_bytes or 0) // kv_bytes_token - PAGE_TOKENS  # without the scratch page
-        option = Option(gpu, None, gpus, rows, tokens, memory)
-        if not (held := residents(pool_tokens, expected, PAGE_TOKENS)):
-            continue
-        at_once = min(held, rows, expected.rows)
-        spare = gpu.memory_bytes - memory.total_bytes
-        full = overflow_risk(at_once, pool_tokens, expected, PAGE_TOKENS)
-        wrong = _above(spare / (MODEL_ERROR * memory.fixed_bytes))
-        option = replace(option, rung=name, at_once=at_once, oom_risk=1 - (1 - full) * (1 - wrong))
-        found = parameters(model_config)
-        shape = Shape(
-            active=found.active,
-            head=found.head,
-            attention=model_config.num_hidden_layers * model_config.num_attention_heads * head_dim,
-            read_bytes=memory.weights_bytes * found.read // found.total,
-            expert_bytes=memory.weights_bytes * found.experts // found.total,
-            used_experts=model_config.num_experts_per_tok / model_config.num_experts if found.experts else 1.0,
-            kv_bytes_token=kv_bytes_token,
-        )
-        return _timed(option, config, shape, expected)
-    assert option is not None  # the config itself is the first rung
-    return option
+    found = rungs(config, kv_shapes(model_config)[0][0], batch, prefill)
+    options = [_option(config, model_config, expected, model_len, gpu, found[0])]
+    for rung in found[1:]:
+        if options[-1].rung is None and (gpu.count is None or rung[1] <= gpu.count):
+            options.append(_option(config, model_config, expected, model_len, gpu, rung))
+    return options[-1]
 
 
-def _timed(option: Option, config: RunConfig, shape: Shape, expected: Forecast) -> Option:
-    """`option` with replicas, hours and cost."""
-    if option.gpu.matrix_flop_s is None:
+def _option(
+    config: RunConfig, model_config: Any, expected: Expected, model_len: int, gpu: Gpu, rung: tuple[str, int, int, int]
+) -> Option:
+    from actors.engine.kv import kv_shapes
+    from actors.engine.memory import PAGE_TOKENS, kv_token_bytes, parameters, predict
+
+    name, gpus, batch, prefill = rung
+    dtype = _dtype(config)
+    memory = predict(
+        model_config,
+        dtype=dtype,
+        max_prefill_tokens=prefill,
+        max_batch=batch,
+        max_model_len=model_len,
+        quantization=config.model.quantization,
+        tp=gpus,
+        kv_dtype=config.memory.kv_dtype,
+        graphs=config.numerics != "invariant",
+        hopper=gpu.hopper,
+        device_bytes=gpu.memory_bytes,
+        budget_fraction=config.memory.budget_fraction,
+        gpu_memory_fraction=config.memory.gpu_memory_fraction,
+    )
+    option = Option(gpu, None, gpus, batch, prefill, memory)
+    kv_bytes_token = kv_token_bytes(model_config, dtype, config.memory.kv_dtype, gpus)
+    pool_tokens = (memory.pool_bytes or 0) // kv_bytes_token - PAGE_TOKENS  # without the scratch page
+    held = residents(pool_tokens, expected, PAGE_TOKENS)
+    if not held or (gpu.count is not None and gpus > gpu.count):
         return option
-    hours = sum(run_seconds(work_of(expected), shape, option.gpu, option.at_once, option.gpus)) / 3600
+    at_once = min(held, batch, expected.rows)
+    full = overflow_risk(at_once, pool_tokens, expected, PAGE_TOKENS)
+    wrong = _above((gpu.memory_bytes - memory.total_bytes) / (MODEL_ERROR * memory.fixed_bytes))
+    option = replace(option, rung=name, at_once=at_once, oom_risk=1 - (1 - full) * (1 - wrong))
+    if gpu.matrix_flop_s is None or dtype.itemsize != 2:  # the table's rates are those of half precision
+        return option
+    found = parameters(model_config)
+    shape = Shape(
+        active=found.active,
+        head=found.head,
+        attention=model_config.num_attention_heads * sum(head_dim for _, head_dim in kv_shapes(model_config)),
+        read_bytes=memory.weights_bytes * found.read // found.total,
+        expert_bytes=memory.weights_bytes * found.experts // found.total,
+        used_experts=model_config.num_experts_per_tok / model_config.num_experts if found.experts else 1.0,
+        kv_bytes_token=kv_bytes_token,
+    )
+    hours = sum(run_seconds(work_of(expected), shape, gpu, at_once, gpus)) / 3600
+    return _timed(option, config, hours)
+
+
+def _dtype(config: RunConfig) -> Any:
+    """The torch dtype of a run on a GPU; every one of the table computes bfloat16."""
+    from actors.engine.loader import resolve_dtype
+
+    auto = "float32" if config.numerics == "invariant" else "bfloat16"
+    return resolve_dtype(auto if config.model.dtype == "auto" else config.model.dtype, "cpu")
+
+
+def _timed(option: Option, config: RunConfig, hours: float) -> Option:
+    """`option` with replicas and cost, where one replica takes `hours`."""
     wanted = min(config.pools.values(), key=lambda pool: pool.tensor_parallel_size).replicas
     if isinstance(wanted, int):
         replicas = wanted
@@ -386,30 +293,6 @@ def _timed(option: Option, config: RunConfig, shape: Shape, expected: Forecast) 
     price = config.price.usd_per_gpu_hour
     usd = None if price is None else gpu_hours * price
     return replace(option, replicas=replicas, hours=hours / replicas, gpu_hours=gpu_hours, usd=usd)
-
-
-def local_gpus() -> list[Gpu]:
-    """This machine's GPUs that the kernels run on (capability 8.0), one of a kind; rates are the table's, if it has any."""
-    from actors.engine.memory import local_devices
-
-    found = local_devices()
-    gpus: list[Gpu] = []
-    for device in dict.fromkeys(found):
-        if device.capability < (8, 0):
-            continue
-        alike = [gpu for gpu in GPUS if gpu.name.split()[0] in re.findall(r"\w+", device.name)]
-        rates = min(alike, key=lambda gpu: abs(gpu.memory_bytes - device.memory_bytes), default=None)
-        gpus.append(
-            Gpu(
-                f"here: {device.name}",
-                device.memory_bytes,
-                rates.matrix_flop_s if rates else None,
-                rates.memory_bytes_s if rates else None,
-                device.capability == (9, 0),
-                found.count(device),
-            )
-        )
-    return gpus
 
 
 # --- the command
@@ -428,7 +311,7 @@ class Plan:
     model: str
     parameters: int
     kv_bytes_token: int
-    forecast: Forecast
+    forecast: Expected
     options: tuple[Option, ...]
     notes: tuple[str, ...]
 
@@ -439,7 +322,7 @@ def make_plan(config: RunConfig, gpus: Sequence[Gpu]) -> Plan:
     Raises:
         InputError: the config, suite or model cannot be used or planned.
     """
-    from actors.engine.loader import load_config, load_tokenizer, resolve, resolve_dtype
+    from actors.engine.loader import load_config, load_tokenizer, resolve
     from actors.engine.memory import kv_token_bytes, parameters
     from actors.engine.support import check_supported
     from actors.tools import load_tools
@@ -462,11 +345,12 @@ def make_plan(config: RunConfig, gpus: Sequence[Gpu]) -> Plan:
         check_format(config.agent.format, tokenizer, specs(tools))
     model_len = context_tokens(config, model_config)
     expected = forecast(config, suite, tools, tokenizer, model_len)
-    dtype = resolve_dtype("bfloat16" if config.model.dtype == "auto" else config.model.dtype, "cpu")
+    if config.fallback != "same_precision":
+        notes.append("of the fallback's rungs only smaller_batch and shard are planned")
     return Plan(
-        model=config.model.id,
+        model=Path(config.model.id).name if Path(config.model.id).exists() else config.model.id,
         parameters=parameters(model_config).total,
-        kv_bytes_token=kv_token_bytes(model_config, dtype, config.memory.kv_dtype),
+        kv_bytes_token=kv_token_bytes(model_config, _dtype(config), config.memory.kv_dtype),
         forecast=expected,
         options=tuple(choose(config, model_config, expected, model_len, gpu) for gpu in gpus),
         notes=tuple(notes),
@@ -495,7 +379,7 @@ def show(screen: Screen, plan: Plan) -> None:
         f"p95 {expected.p95:,}, at most {expected.worst:,}",
     )
     priced = any(option.usd is not None for option in plan.options)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", title_justify="left")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("GPU", "rung"):
         table.add_column(name, no_wrap=True)
     for name in ("weights", "step", "other", "KV pool", "at once", "replicas", "time", "GPU hours"):
@@ -519,7 +403,7 @@ def _cells(option: Option) -> list[str]:
     rest = memory.fixed_bytes - memory.weights_bytes - memory.step_bytes
     sizes = [f"{size / GIB:,.1f}" for size in (memory.weights_bytes, memory.step_bytes, rest, memory.pool_bytes or 0)]
     if option.rung is None:
-        return [option.gpu.name, f"no, nor ×{option.gpus}", *sizes, "-", "-", "-", "-", "-", "does not fit"]
+        return [option.gpu.name, "none", *sizes, "-", "-", "-", "-", "-", "does not fit"]
     rung = option.rung
     if rung == "smaller batch":
         rung = f"batch {option.max_batch}, prefill {option.max_prefill_tokens:,}"

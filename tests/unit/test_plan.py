@@ -13,15 +13,15 @@ from typer.testing import CliRunner
 from actors.engine import memory
 from bench import react_replay
 from bench.common import model_config
-from pipeline import plan
+from pipeline import hardware, plan
 from pipeline.__main__ import app
 from pipeline.config import load_run
 from pipeline.suite import SuiteConfig
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
-EXPECTED = plan.Forecast(rows=1000, prompt=2000, shared=1800, p50=2800, p95=3600, worst=4096, steps=5.0, exact=True)
-H200 = plan.GPUS[-1]
+EXPECTED = plan.Expected(rows=1000, prompt=2000, shared=1800, p50=2800, p95=3600, worst=4096, steps=5.0, exact=True)
+H200 = hardware.GPUS[-1]
 
 
 def suite(**fields):
@@ -81,7 +81,7 @@ def replay_work(repeat, row):
     traces, generate, prefix = react_replay.make_traces(256, repeat), 64, 1700
     contexts = [len(context) for trace in traces for context in trace.contexts()]
     longest = [len(trace.contexts()[-1]) for trace in traces]
-    return plan.Work(
+    return hardware.Work(
         calls=row["calls"],
         prefill=row["prefilled_tokens"],
         prefill_context=prefix**2 / 2 + sum((last**2 - prefix**2) / 2 for last in longest),
@@ -94,33 +94,35 @@ def test_efficiency_is_what_the_replay_reached():
     config = model_config("8b")
     found = memory.parameters(config)
     kv_bytes = memory.kv_token_bytes(config, memory.torch.bfloat16)
-    shape = plan.Shape(found.active, found.head, 36 * 32 * 128, 2 * found.read, 0, 1.0, kv_bytes)
+    shape = hardware.Shape(found.active, found.head, 36 * 32 * 128, 2 * found.read, 0, 1.0, kv_bytes)
     rows = json.loads((ROOT / "bench" / "results" / "react_replay_8b.json").read_text())["results"]
     reached = []
     for row in rows:
         work = replay_work(row["repeat"], row)
-        prefill_s, decode_s = plan.run_seconds(work, shape, H200, 256, 1, plan.Efficiency(1, 1, 0))
+        prefill_s, decode_s = hardware.run_seconds(work, shape, H200, 256, 1, hardware.Efficiency(1, 1, 0))
         reached.append((prefill_s / row["prefill_s"], decode_s / row["decode_s"], row["host_s"] * 256 / work.decode))
-        assert sum(plan.run_seconds(work, shape, H200, 256)) == pytest.approx(row["wall_s"], rel=0.1)
-    ours = plan.Efficiency()
+        assert sum(hardware.run_seconds(work, shape, H200, 256)) == pytest.approx(row["wall_s"], rel=0.1)
+    ours = hardware.Efficiency()
     assert (ours.prefill, ours.decode, ours.step_s) == pytest.approx(np.median(reached, axis=0), rel=0.01)
 
 
 def test_sharding_is_as_fast_as_measured():
     """Two H100s beside one: prefill 46.2 to 30.4 thousand tokens a second, decode steps of 14.7 to 18.5 ms."""
-    whole = plan.Shape(7_000_000_000, 600_000_000, 1, 16_000_000_000, 0, 1.0, 0)
-    half = plan.Shape(7_000_000_000, 600_000_000, 1, 8_000_000_000, 0, 1.0, 0)
-    work = plan.Work(calls=0, prefill=1e6, prefill_context=0, decode=1e4, decode_context=0)
-    reached = plan.Efficiency(step_s=0)
-    one, two = (plan.run_seconds(work, shape, H200, 64, tp, reached) for shape, tp in ((whole, 1), (half, 2)))
+    whole = hardware.Shape(7_000_000_000, 600_000_000, 1, 16_000_000_000, 0, 1.0, 0)
+    half = hardware.Shape(7_000_000_000, 600_000_000, 1, 8_000_000_000, 0, 1.0, 0)
+    work = hardware.Work(calls=0, prefill=1e6, prefill_context=0, decode=1e4, decode_context=0)
+    reached = hardware.Efficiency(step_s=0)
+    one, two = (hardware.run_seconds(work, shape, H200, 64, tp, reached) for shape, tp in ((whole, 1), (half, 2)))
     assert one[0] / two[0] == pytest.approx(46.2 / 30.4, rel=0.01)
     assert one[1] / two[1] == pytest.approx(18.5 / 14.7, rel=0.01)
 
 
 def test_few_rows_read_few_experts():
-    shape = plan.Shape(3_000_000_000, 300_000_000, 1, 60_000_000_000, 58_000_000_000, 8 / 128, 0)
-    work = plan.Work(0, 0, 0, 1e4, 0)
-    per_step = [plan.run_seconds(work, shape, H200, rows, 1, plan.Efficiency(1, 1, 0))[1] * rows for rows in (1, 64)]
+    shape = hardware.Shape(3_000_000_000, 300_000_000, 1, 60_000_000_000, 58_000_000_000, 8 / 128, 0)
+    work = hardware.Work(0, 0, 0, 1e4, 0)
+    per_step = [
+        hardware.run_seconds(work, shape, H200, rows, 1, hardware.Efficiency(1, 1, 0))[1] * rows for rows in (1, 64)
+    ]
     assert per_step[0] / per_step[1] == pytest.approx((2 + 58 / 16) / (60 - 58 * (15 / 16) ** 64), rel=0.01)
 
 
@@ -145,7 +147,7 @@ def test_rungs_follow_the_fallback():
 
 def options(folder, *sets):
     config = load_run(QUICKSTART, [f"model.id={folder}", *sets])
-    return {option.gpu.name: option for option in plan.make_plan(config, plan.GPUS).options}
+    return {option.gpu.name: option for option in plan.make_plan(config, hardware.GPUS).options}
 
 
 def test_the_first_rung_that_fits(folders):
@@ -189,12 +191,20 @@ def test_more_memory_is_never_worse(folders):
     assert all(0 <= risk <= 0.02 for risk in risks)
 
 
+def test_what_the_rates_do_not_cover_has_no_time(folders):
+    found = options(folders / "8b", "numerics=invariant")["H200 141 GB"]
+    assert (found.rung, found.hours, found.memory.graph_bytes) == ("as it is", None, 0)
+    assert found.memory.weights_bytes == 4 * 8_190_735_360
+    code, out, _ = invoke("--set", f"model.id={folders / '8b'}", "--set", "fallback=memory_first")
+    assert (code, "only smaller_batch and shard are planned" in out) == (0, True)
+
+
 def test_local_gpus_take_their_rates_from_the_table(monkeypatch):
     a100 = memory.Device("NVIDIA A100-SXM4-80GB", 79 << 30, (8, 0))
     h100 = memory.Device("NVIDIA H100 80GB HBM3", 79 << 30, (9, 0))
     other, old = memory.Device("NVIDIA A40", 45 << 30, (8, 6)), memory.Device("Tesla T4", 15 << 30, (7, 5))
     monkeypatch.setattr(memory, "local_devices", lambda: [h100, h100, a100, other, old])
-    found = plan.local_gpus()
+    found = hardware.local_gpus()
     assert [(gpu.name, gpu.count, gpu.hopper) for gpu in found] == [
         ("here: NVIDIA H100 80GB HBM3", 2, True),
         ("here: NVIDIA A100-SXM4-80GB", 1, False),
@@ -204,7 +214,7 @@ def test_local_gpus_take_their_rates_from_the_table(monkeypatch):
 
 
 def test_a_local_gpu_is_not_sharded_beyond_what_is_there(folders):
-    here = plan.Gpu("here: NVIDIA H100", 79 << 30, 989e12, 3.35e12, True, count=1)
+    here = hardware.Gpu("here: NVIDIA H100", 79 << 30, 989e12, 3.35e12, True, count=1)
     config = load_run(QUICKSTART, [f"model.id={folders / '70b'}"])
     assert plan.make_plan(config, [here]).options[0].rung is None
 
@@ -216,9 +226,9 @@ def test_a_local_gpu_is_not_sharded_beyond_what_is_there(folders):
 def test_plan_prints_every_gpu(folders, shape):
     code, out, _ = invoke("--set", f"model.id={folders / shape}", "--set", "price.usd_per_gpu_hour=2")
     assert code == 0
-    for gpu in plan.GPUS:
+    for gpu in hardware.GPUS:
         line = next(line for line in out.splitlines() if line.startswith(gpu.name))
-        assert "as it is" in line or "sharded ×" in line
+        assert "as it is" in line or "sharded ×" in line or "batch " in line
         assert "$" in line
         assert "likely" in line
         assert "…" not in line
@@ -244,7 +254,7 @@ def test_plan_counts_with_the_tokenizer(smollm2):
     assert code == 0
     assert "note" not in out
     config = load_run(QUICKSTART)
-    found = plan.make_plan(config, plan.GPUS[:1]).forecast
+    found = plan.make_plan(config, hardware.GPUS[:1]).forecast
     assert found.exact
     assert 0 < found.shared < found.prompt < found.p50 < found.p95 <= found.worst == 2048
 
@@ -253,6 +263,9 @@ def test_plan_refuses_in_words(folders):
     code, _, err = invoke("--set", f"model.id={folders / '8b'}", "--set", "engine=reference")
     assert code == 2
     assert "only the paged engine" in err
+    code, _, err = invoke("--set", f"model.id={folders / '8b'}", "--set", "pools.single.tensor_parallel_size=3")
+    assert code == 2
+    assert "pools: the model's KV heads cannot be split so (got 3); wants a divisor of 8" in err
     code, _, err = invoke("--set", "model.id=/nowhere/at/all")
     assert code == 2
     assert "no such file or folder" in err
