@@ -65,7 +65,7 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A GPU and the first rung at which a replica fits it.
+    """A GPU and a rung at which a replica fits it.
 
     Attributes:
         rung: as it is, smaller batch or sharded; None where nothing fits.
@@ -75,6 +75,7 @@ class Option:
         replicas, hours, gpu_hours, usd: None where the GPU's rates, the replicas or the price are not known.
         oom_risk: probability that memory runs short: the residents outgrow the pool (some are set back and computed
             again), or the memory model is wrong by more than what the budget leaves.
+        cheaper: not the first rung that fits, but the one with the fewest GPU hours.
     """
 
     gpu: Gpu
@@ -89,6 +90,7 @@ class Option:
     hours: float | None = None
     gpu_hours: float | None = None
     usd: float | None = None
+    cheaper: bool = False
 
 
 # --- trajectories
@@ -205,20 +207,24 @@ def rungs(config: RunConfig, kv_heads: int, batch: int, prefill: int) -> list[tu
     return found
 
 
-def choose(config: RunConfig, model_config: Any, expected: Expected, model_len: int, gpu: Gpu) -> Option:
-    """The first rung at which the longest trajectory fits the GPU, and what the run takes there; else the last one."""
+def choose(config: RunConfig, model_config: Any, expected: Expected, model_len: int, gpu: Gpu) -> list[Option]:
+    """The first rung at which the longest trajectory fits the GPU; then the cheapest one, if it saves a tenth or more
+    of the GPU hours. Where nothing fits, the last rung tried."""
     from actors.engine.assemble import MAX_BATCH, MAX_PREFILL_TOKENS
     from actors.engine.kv import kv_shapes
 
     asked = config.memory
     batch = MAX_BATCH["cuda"] if asked.max_batch == "auto" else asked.max_batch
     prefill = MAX_PREFILL_TOKENS["cuda"] if asked.max_prefill_tokens == "auto" else asked.max_prefill_tokens
-    found = rungs(config, kv_shapes(model_config)[0][0], batch, prefill)
-    options = [_option(config, model_config, expected, model_len, gpu, found[0])]
-    for rung in found[1:]:
-        if options[-1].rung is None and (gpu.count is None or rung[1] <= gpu.count):
-            options.append(_option(config, model_config, expected, model_len, gpu, rung))
-    return options[-1]
+    first, *others = rungs(config, kv_shapes(model_config)[0][0], batch, prefill)
+    tried = [first, *(rung for rung in others if gpu.count is None or rung[1] <= gpu.count)]
+    options = [_option(config, model_config, expected, model_len, gpu, rung) for rung in tried]
+    fitting = [option for option in options if option.rung is not None]
+    if not fitting:
+        return options[-1:]
+    cheapest = min(fitting, key=lambda option: option.gpu_hours or 0.0)
+    saves = cheapest.gpu_hours and fitting[0].gpu_hours and cheapest.gpu_hours <= 0.9 * fitting[0].gpu_hours
+    return [fitting[0], replace(cheapest, cheaper=True)] if saves else fitting[:1]
 
 
 def _option(
@@ -340,7 +346,8 @@ def make_plan(config: RunConfig, gpus: Sequence[Gpu]) -> Plan:
         tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
     except ModelUnavailable as e:
         tokenizer = None
-        notes.append(f"{e}; prompts are estimated at {CHARACTERS_TOKEN} characters a token, tools left out")
+        why = str(e).replace(str(folder), folder.name)
+        notes.append(f"{why}; prompts are estimated at {CHARACTERS_TOKEN} characters a token, tools left out")
     else:
         check_format(config.agent.format, tokenizer, specs(tools))
     model_len = context_tokens(config, model_config)
@@ -352,7 +359,7 @@ def make_plan(config: RunConfig, gpus: Sequence[Gpu]) -> Plan:
         parameters=parameters(model_config).total,
         kv_bytes_token=kv_token_bytes(model_config, _dtype(config), config.memory.kv_dtype),
         forecast=expected,
-        options=tuple(choose(config, model_config, expected, model_len, gpu) for gpu in gpus),
+        options=tuple(option for gpu in gpus for option in choose(config, model_config, expected, model_len, gpu)),
         notes=tuple(notes),
     )
 
@@ -408,7 +415,7 @@ def _cells(option: Option) -> list[str]:
     if rung == "smaller batch":
         rung = f"batch {option.max_batch}, prefill {option.max_prefill_tokens:,}"
     return [
-        option.gpu.name,
+        "  cheaper:" if option.cheaper else option.gpu.name,
         rung,
         *sizes,
         f"{option.at_once:,}",

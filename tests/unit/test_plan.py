@@ -147,7 +147,7 @@ def test_rungs_follow_the_fallback():
 
 def options(folder, *sets):
     config = load_run(QUICKSTART, [f"model.id={folder}", *sets])
-    return {option.gpu.name: option for option in plan.make_plan(config, hardware.GPUS).options}
+    return {option.gpu.name: option for option in plan.make_plan(config, hardware.GPUS).options if not option.cheaper}
 
 
 def test_the_first_rung_that_fits(folders):
@@ -197,6 +197,17 @@ def test_what_the_rates_do_not_cover_has_no_time(folders):
     assert found.memory.weights_bytes == 4 * 8_190_735_360
     code, out, _ = invoke("--set", f"model.id={folders / '8b'}", "--set", "fallback=memory_first")
     assert (code, "only smaller_batch and shard are planned" in out) == (0, True)
+
+
+def test_the_cheaper_rung_is_named_too(folders):
+    """Four A100 of 40 GB hold the weights of 70 B parameters and little else: eight of them are cheaper."""
+    config = load_run(QUICKSTART, [f"model.id={folders / '70b'}", "samples=1000"])
+    a100 = next(gpu for gpu in hardware.GPUS if gpu.name == "A100 40 GB")
+    first, better = plan.make_plan(config, [a100]).options
+    assert (first.rung, first.cheaper, better.cheaper) == ("sharded ×4", False, True)
+    assert better.gpu_hours <= 0.9 * first.gpu_hours
+    assert better.at_once > first.at_once
+    assert len(plan.make_plan(config, [H200]).options) == 1
 
 
 def test_local_gpus_take_their_rates_from_the_table(monkeypatch):
