@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import random
+import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
@@ -74,9 +75,10 @@ def measure(shape: str, setting: str, device: str, budget_fraction: float, promp
     predicted = {name: getattr(report.predicted, name) for name in COMPONENTS}
     measured: dict[str, int | None] = {name: report.measured.get(name) for name in COMPONENTS}
     if cuda:
-        # The engine's thread took a workspace of its own; all else that it allocated is free again.
+        time.sleep(1)  # the engine's thread lets go of its last step
+        # It took a workspace of its own; all else that it allocated is free again.
         measured["workspace_bytes"] = report.measured["workspace_bytes"] + torch.cuda.memory_allocated() - before
-        known = Memory(**dict.fromkeys(COMPONENTS, 0) | report.measured | {"slack_bytes": 0})
+        known = Memory(**{name: size or 0 for name, size in measured.items()} | {"slack_bytes": 0})
         used = device_used_bytes(torch.device(device))
         measured["slack_bytes"] = used - known.total_bytes
         predicted["all but the pool"] = report.predicted.fixed_bytes

@@ -52,14 +52,13 @@ GPUS = (
 
 @dataclass(frozen=True, slots=True)
 class Efficiency:
-    """What the engine reached, from bench/results/react_replay_8b.json (Qwen3-8B shape, bf16, one H200).
+    """What the engine reached on the Qwen3-8B shape in bf16.
 
     Attributes:
-        prefill: share of the matrix rate.
-        decode: share of the memory rate.
-        step_s: host work of a step.
-        sharded_prefill, sharded_decode: share that is left of each doubling of the GPUs (two H100s by NVLink: prefill
-            30.4 k → 46.2 k tokens/s, decode 18.5 → 14.7 ms a step).
+        prefill: share of the matrix rate; decode: share of the memory rate; step_s: host work of a step. From
+            bench/results/react_replay_8b.json, one H200.
+        sharded_prefill, sharded_decode: share that is left of each doubling of the GPUs. From a sketch of the engine on
+            two H100s with NVLink: prefill 30.4 k → 46.2 k tokens/s, decode 18.5 → 14.7 ms a step.
     """
 
     prefill: float = 0.417

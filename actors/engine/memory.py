@@ -22,7 +22,7 @@ graphs       one memory pool for all sizes, as large as the largest decode step 
              ever ran a matrix product: the warm-up of each size runs on a stream of its own (torch hands out 32), the
              captures on one more.
 context      CUDA's context and loaded kernels; slack is what torch's allocator rounds and fragments, and what the
-             driver keeps for graphs. These two are constants, fitted to the runs in bench/results (an H200).
+             driver keeps for graphs. These two are constants, fitted to bench/results/react_replay_8b.json (an H200).
 
 The KV pool is what remains of the budget in whole pages, and no more than a full batch of the longest contexts.
 
@@ -143,10 +143,11 @@ def activation_bytes(config: Any, dtype: torch.dtype, tokens: int, tp: int = 1) 
 def logits_bytes(config: Any, dtype: torch.dtype, batch: int) -> int:
     """Logits of `batch` rows and what drawing from them adds."""
     logits = batch * config.vocab_size * dtype.itemsize
-    if getattr(config, "final_logit_softcapping", None) is not None:
-        logits *= 2  # the capped ones beside what they are computed from
     rows = min(batch, CHUNK_ROWS)
-    return logits + _traced_draw(rows, config.vocab_size, dtype) + SORT_BYTES * rows * config.vocab_size
+    drawing = logits + _traced_draw(rows, config.vocab_size, dtype) + SORT_BYTES * rows * config.vocab_size
+    if getattr(config, "final_logit_softcapping", None) is not None:
+        return max(3 * logits, drawing)  # raw logits, their tanh, and that scaled
+    return drawing
 
 
 def graph_bytes(config: Any, dtype: torch.dtype, batch: int, max_model_len: int, hopper: bool, tp: int = 1) -> int:

@@ -166,14 +166,17 @@ def test_activations_are_those_of_a_real_step(name):
     assert memory.activation_bytes(config, torch.float32, 512) == pytest.approx(found, rel=0.05)
 
 
-def test_logits_are_those_of_a_real_draw():
-    config = CONFIGS["llama"]()
-    model = AutoModelForCausalLM.from_config(changed(config, vocab_size=20_000), dtype=torch.float32).eval()
-    runner = Runner(model, KVCache(kv_shapes(config), 2, 16, torch.float32, "cpu"), "sdpa", 64, 64, 16)
-    rows = [RowStep([3], 0, [1], True, Sampling(1.0, 0.9, 50), True) for _ in range(64)]
-    found = memory.live_peak_bytes(lambda: runner.step(rows))
-    sort = memory.SORT_BYTES * 16 * 20_000
-    assert memory.logits_bytes(model.config, torch.float32, 64) - sort == pytest.approx(found, rel=0.05)
+@pytest.mark.parametrize(("name", "rows"), [("llama", 64), ("gemma2", 64), ("gemma2", 512)])
+def test_logits_are_those_of_a_real_draw(name, rows):
+    """Without the workspace of CUDA's sort, which a CPU does not take; 512 rows with a soft cap peak before drawing."""
+    config = changed(CONFIGS[name](), vocab_size=20_000)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    kernel = "reference" if name == "gemma2" else "sdpa"
+    runner = Runner(model, KVCache(kv_shapes(config), 2, 16, torch.float32, "cpu"), kernel, rows, rows, 16)
+    steps = [RowStep([3], 0, [1], True, Sampling(1.0, 0.9, 50), True) for _ in range(rows)]
+    found = memory.live_peak_bytes(lambda: runner.step(steps))
+    sort = 0 if (name, rows) == ("gemma2", 512) else memory.SORT_BYTES * 16 * 20_000
+    assert memory.logits_bytes(config, torch.float32, rows) - sort == pytest.approx(found, rel=0.05)
 
 
 # --- the whole
@@ -274,6 +277,37 @@ def test_the_pool_is_sized_by_the_measurement(monkeypatch):
     assert assemble._pages(kv, predicted, measured, 0.9, 7) == 7
     with pytest.raises(assemble.OutOfMemory, match="no room for KV"):
         assemble._pages(kv, predicted, measured, 0.2, 7)
+
+
+class FakeRunner:
+    """A runner whose steps allocate what a test says, on a device made of numbers."""
+
+    def __init__(self):
+        self.kv = types.SimpleNamespace(device=torch.device("cuda"))
+        self.allocated = 1000
+        self.asked = []
+
+    def profile(self, max_prefill_tokens=None, max_batch=None):
+        self.asked.append((max_prefill_tokens, max_batch))
+        if len(self.asked) == 1:
+            self.allocated += 32  # the workspace stays
+        return {(None, 1): 800, (1, None): 200}.get((max_prefill_tokens, max_batch), 1)
+
+
+def test_profile_steps_are_told_apart(monkeypatch):
+    runner = FakeRunner()
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: runner.allocated)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1100)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8000, 10_000))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert assemble._measure(runner) == {
+        "activation_bytes": 800,
+        "logits_bytes": 200,
+        "workspace_bytes": 32,
+        "context_bytes": 900,
+        "slack_bytes": 68,
+    }
+    assert runner.asked[0] == (1, 1)
 
 
 # --- the device
