@@ -121,7 +121,7 @@ def over_model(
         budget_fraction=budget_fraction,
     )
     measured = {"weights_bytes": sum(p.nbytes for p in model.parameters())}
-    if cuda:
+    if cuda and pages is None:
         measured |= _measure(runner)
     count = pages or _pages(kv, predicted, measured, budget_fraction, most_pages(batch, length, page_tokens))
     runner.resize(count)
