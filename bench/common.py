@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.engine.paged import PagedEngine
 
-# Qwen3-8B and -1.7B as published; `small` for checks with a fp32 reference, `tiny` for a CPU.
+# Qwen3-8B, -1.7B and -32B and Llama-3.1-70B as published; `small` for checks with a fp32 reference, `tiny` for a CPU.
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
         "hidden_size": 4096,
@@ -51,6 +51,29 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
         "max_position_embeddings": 40960,
         "tie_word_embeddings": True,
+    },
+    "32b": {
+        "hidden_size": 5120,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 25600,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": False,
+    },
+    "70b": {
+        "model_type": "llama",
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 28672,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
     },
     "small": {
         "hidden_size": 1024,
@@ -82,10 +105,12 @@ _PACKAGES = ("torch", "transformers", "flash-attn", "vllm", "triton")
 # --- models
 
 
-def model_config(shape: str) -> Qwen3Config:
-    """The config of a shape in `SHAPES`; without an eos token, so that nothing ends early."""
+def model_config(shape: str) -> Any:
+    """The config of a shape in `SHAPES`, a Qwen3 one where it does not say; without an eos token, so that nothing ends
+    early. `.save_pretrained(folder)` makes a folder that `berth plan` reads."""
     rope = {"rope_type": "default", "rope_theta": 1e6}
-    return Qwen3Config(bos_token_id=None, eos_token_id=None, rope_parameters=rope, **SHAPES[shape])
+    fields = {"model_type": "qwen3"} | SHAPES[shape]
+    return AutoConfig.for_model(bos_token_id=None, eos_token_id=None, rope_parameters=rope, **fields)
 
 
 def random_model(

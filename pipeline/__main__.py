@@ -23,6 +23,8 @@ EPILOG = """Examples:
 
     berth validate configs/gsm8k.yaml --show 1
 
+    berth plan configs/hotpotqa.yaml --set model.id=Qwen/Qwen3-8B
+
     ray job submit --working-dir . -- python -m pipeline run configs/hotpotqa.yaml --set ray.address=auto
 """
 
@@ -106,6 +108,25 @@ def validate(
         if call_tools:
             call_each_tool(screen, prepared)
         screen.line("valid", f"{len(prepared.rows.tasks):,} rows can be run")
+
+
+@app.command(epilog="Example: berth plan configs/hotpotqa.yaml --set model.id=Qwen/Qwen3-8B --set data=dev.jsonl")
+def plan(config: Config, sets: Sets = None, limit: Limit = None, as_json: Json = False) -> None:
+    """Does it fit, how many trajectories at once, how long, at what cost: on this machine's GPUs and on common ones.
+
+    Takes no GPU and reads no weights: a folder with a config.json will do for model.id.
+    """
+    screen = Screen(quiet_stdout=as_json)
+    with spoken(screen):
+        from pipeline.hardware import GPUS, local_gpus
+        from pipeline.plan import make_plan, show, to_json
+
+        run_config = load_run(config, sets or (), limit=limit)
+        screen.line("config", f"suite {run_config.suite}, model {run_config.model.id}")
+        found = make_plan(run_config, [*local_gpus(), *GPUS])
+        show(screen, found)
+        if as_json:
+            sys.stdout.write(json.dumps(to_json(found), indent=2, ensure_ascii=False) + "\n")
 
 
 @app.command()

@@ -82,7 +82,7 @@ def prepare(config: RunConfig) -> Prepared:
             check_tensor_parallel(model_config, pool.tensor_parallel_size, f"pools.{name}.tensor_parallel_size")
     tokenizer = load_tokenizer(model.folder, trust_remote_code=trusted)
     check_format(config.agent.format, tokenizer, specs(tools))
-    model_len = _model_len(config, model_config)
+    model_len = context_tokens(config, model_config)
     _check_context(config, suite, rows, tools, tokenizer, model_len)
     return Prepared(
         config=config,
@@ -177,7 +177,8 @@ def _check_gold(suite: Suite, scorers: Sequence[Scorer], rows: Rows) -> None:
         )
 
 
-def _model_len(config: RunConfig, model_config: Any) -> int:
+def context_tokens(config: RunConfig, model_config: Any) -> int:
+    """The longest context that the model, or the config, allows."""
     text_config = model_config.get_text_config()
     own = getattr(text_config, "max_position_embeddings", None)
     wanted = config.model.max_model_len

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -19,8 +19,9 @@ from actors.engine.attention import kernel_for
 from actors.engine.gang import START_S, Gang
 from actors.engine.kv import KVCache, kv_shapes
 from actors.engine.leader import lead
+from actors.engine.memory import PAGE_TOKENS, THREADS, device_used_bytes, most_pages, predict
 from actors.engine.paged import PagedEngine
-from actors.engine.protocol import EngineSpec
+from actors.engine.protocol import EngineSpec, Memory, MemoryReport
 from actors.engine.runner import Runner
 from actors.engine.selfcheck import check_numbers
 from actors.engine.shard import ShardedRunner, split
@@ -30,14 +31,11 @@ from actors.messages import Numerics
 
 log = logging.getLogger(__name__)
 
-PAGE_TOKENS = 256
 MAX_BATCH = {"cuda": 256, "cpu": 16}
 MAX_PREFILL_TOKENS = {"cuda": 8192, "cpu": 512}
 CPU_POOL_FRACTION = 0.25
 OTHERS_BYTES = 256 << 20
 """What another process may take without being waited for."""
-GRAPH_BYTES = 1 << 30
-"""Left free for CUDA graphs, cuBLAS workspaces and what the allocator cannot use."""
 
 
 def build(spec: EngineSpec) -> PagedEngine:
@@ -127,14 +125,37 @@ def over_model(
     check_numbers(chosen, kv, model.config)
     kind: Any = Runner if gang is None else partial(ShardedRunner, gang=gang)
     runner: Runner = kind(model, kv, chosen, batch, prefill, length, graphs=graphs, invariant=invariant)
+    cuda = device.type == "cuda"
+    predicted = predict(
+        model.config,
+        tp=tp,
+        dtype=dtype,
+        max_prefill_tokens=prefill,
+        max_batch=batch,
+        max_model_len=length,
+        graphs=graphs and chosen != "reference",
+        cuda=cuda,
+        hopper=cuda and torch.cuda.get_device_capability(device) == (9, 0),
+        device_bytes=torch.cuda.get_device_properties(device).total_memory if cuda else None,
+        budget_fraction=budget_fraction,
+    )
+    measured = {"weights_bytes": sum(p.nbytes for p in model.parameters())}
+    if cuda and pages is None:
+        measured |= _measure(runner)
     with nullcontext() if gang is None else gang.agreed(START_S):
-        count = pages or _pages(runner, kv, budget_fraction, batch, length, tp)
+        count = pages or _pages(kv, predicted, measured, budget_fraction, most_pages(batch, length, page_tokens), tp)
     count = count if gang is None else gang.smallest(count)
     runner.resize(count)
+    measured["pool_bytes"] = count * kv.bytes_page
+    before = device_used_bytes(device) if cuda else 0
     runner.capture()
+    if cuda:
+        measured["graph_bytes"] = device_used_bytes(device) - before
+    memory = MemoryReport(predicted, measured, device_used_bytes(device) if cuda else None)
     leader = lead(runner) if isinstance(runner, ShardedRunner) else None
     name = str(dtype).removeprefix("torch.")
     log.info("%d KV pages of %d tokens, kernel %s, %s", count, page_tokens, chosen, name)
+    log.info("memory, predicted → measured MiB: %s", memory)
     return PagedEngine(
         leader or runner,
         num_pages=count,
@@ -144,6 +165,7 @@ def over_model(
         max_prefill_tokens=prefill,
         numerics=Numerics("paged", chosen, name, name, name, tp, revision, reproducible=invariant),
         kv_bytes_token=kv.bytes_token * tp,
+        memory=memory,
         oom_errors=(torch.OutOfMemoryError, MemoryError),
         drop_caches=leader.drop_caches if leader else torch.cuda.empty_cache if device.type == "cuda" else lambda: None,
         on_close=leader.close if leader else lambda: None,
@@ -162,18 +184,43 @@ def _squeezed(device: torch.device) -> Callable[[], bool]:
     return lambda: others() > before + OTHERS_BYTES
 
 
-def _pages(runner: Runner, kv: KVCache, budget_fraction: float, batch: int, length: int, tp: int) -> int:
-    """How many pages fit: no more than a full batch of the longest contexts could use."""
-    most = batch * -(-length // kv.page_tokens) + 1
+def _measure(runner: Runner) -> dict[str, int]:
+    """The components that profile steps show, before the KV pool and the graphs exist.
+
+    Raises:
+        torch.OutOfMemoryError: the largest step does not fit.
+    """
+    device = runner.kv.device
+    before = torch.cuda.memory_allocated(device)
+    runner.profile(1, 1)  # cuBLAS takes its workspace, modules are loaded: neither belongs to a step
+    workspace_bytes = torch.cuda.memory_allocated(device) - before
+    activation_bytes = runner.profile(max_batch=1)
+    logits_bytes = runner.profile(max_prefill_tokens=1)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    return {
+        "activation_bytes": activation_bytes,
+        "logits_bytes": logits_bytes,
+        "workspace_bytes": workspace_bytes,
+        "context_bytes": total - free - reserved,
+        "slack_bytes": reserved - torch.cuda.memory_allocated(device),
+    }
+
+
+def _pages(
+    kv: KVCache, predicted: Memory, measured: Mapping[str, int], budget_fraction: float, most: int, tp: int
+) -> int:
+    """How many pages fit by what was measured; for what comes later (graphs, slack), by what is predicted."""
     if kv.device.type == "cpu":
         room = int(CPU_POOL_FRACTION / tp * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
     else:
-        step_bytes = runner.profile()
-        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(kv.device)
         own = torch.cuda.memory_reserved(kv.device)
         room = min(free - int((1 - budget_fraction) * total), int(budget_fraction * total) - own)
-        room -= step_bytes + GRAPH_BYTES
+        room -= max(measured["activation_bytes"], measured["logits_bytes"])
+        # The engine's own thread will want a workspace too.
+        room -= predicted.graph_bytes + predicted.slack_bytes + predicted.workspace_bytes // THREADS
     pages = min(most, room // kv.bytes_page)
     if pages < 2:
         raise OutOfMemory(

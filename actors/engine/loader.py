@@ -43,6 +43,7 @@ _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 # rule, so that "\n\n5" would become other tokens than those the model was trained on.
 _DIGIT_PRES = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 _SAFE = ["model*.safetensors", "adapter_model*.safetensors"]  # not consolidated.safetensors, a second copy
+_TOKENIZERS = ["tokenizer*", "vocab*", "*.model", "*.tiktoken"]
 _PICKLED = ["pytorch_model*.bin", "adapter_model*.bin"]
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -145,8 +146,11 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
         raw = _read_json(Path(folder) / "tokenizer_config.json", missing_ok=True)
         if raw.get("auto_map") and not trust_remote_code:
             raise _needs_code(folder, raw) from e
+        if not _has_any(Path(folder), _TOKENIZERS):
+            raise ModelUnavailable("the folder has no tokenizer", file=str(folder), wants="tokenizer.json") from e
         raise ModelUnavailable(f"the tokenizer cannot be read: {_first_line(e)}", file=str(folder)) from e
-    if len(tokenizer) == 0:  # transformers builds an empty one where the files are missing
+    # transformers builds one without a vocabulary where the files are missing
+    if len(tokenizer) == 0 or not tokenizer.encode("a", add_special_tokens=False):
         raise ModelUnavailable("the folder has no tokenizer", file=str(folder), wants="tokenizer.json")
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token

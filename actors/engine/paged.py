@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 
 from actors.engine.pages import PageAllocator
-from actors.engine.protocol import Capacity, Request, RowStep, Runner
+from actors.engine.protocol import Capacity, MemoryReport, Request, RowStep, Runner
 from actors.engine.scheduler import Row, Scheduler, Work
 from actors.errors import Cancelled, ContextOverflow, EngineDead, EngineError, OutOfMemory
 from actors.messages import FinishReason, Generation, Numerics, Usage
@@ -50,6 +50,7 @@ class PagedEngine:
         max_prefill_tokens: tokens of a prefill step.
         numerics: what stands on every row.
         kv_bytes_token: KV bytes of one token.
+        memory: what was predicted and measured at the start; kept as `memory`.
         min_prefill_tokens: `max_prefill_tokens` is not halved below this.
         grow_after: good steps before halved bounds double.
         oom_errors: exceptions that mean out of memory, beside those whose text says so.
@@ -72,6 +73,7 @@ class PagedEngine:
         max_prefill_tokens: int,
         numerics: Numerics,
         kv_bytes_token: int = 0,
+        memory: MemoryReport | None = None,
         min_prefill_tokens: int = 64,
         grow_after: int = 32,
         oom_errors: tuple[type[BaseException], ...] = (MemoryError,),
@@ -83,6 +85,7 @@ class PagedEngine:
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.numerics = numerics
+        self.memory = memory
         self.dead = False
         self.scheduler = Scheduler(
             PageAllocator(num_pages, page_tokens),

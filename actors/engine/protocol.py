@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -107,6 +107,70 @@ class Capacity:
     page_tokens: int = 0
     running: int = 0
     waiting: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """GPU memory of one engine on one rank, in bytes by component (see `memory.predict`).
+
+    Attributes:
+        weights_bytes: parameters.
+        activation_bytes: what the largest prefill step adds at its peak, before it draws.
+        logits_bytes: logits and sampling of the largest batch; never live together with that peak.
+        workspace_bytes: what cuBLAS keeps for the threads that run steps.
+        graph_bytes: captured decode steps: their memory pool, their outputs, cuBLAS's workspaces for them.
+        context_bytes: CUDA context and loaded kernels, and what other processes hold.
+        slack_bytes: what torch's allocator holds and cannot use.
+        pool_bytes: KV pages, the scratch page included; None where no budget was given.
+    """
+
+    weights_bytes: int
+    activation_bytes: int
+    logits_bytes: int
+    workspace_bytes: int
+    graph_bytes: int
+    context_bytes: int
+    slack_bytes: int
+    pool_bytes: int | None = None
+
+    @property
+    def step_bytes(self) -> int:
+        """What a step adds at its peak."""
+        return max(self.activation_bytes, self.logits_bytes)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """All but the KV pool."""
+        kept = self.weights_bytes + self.workspace_bytes + self.graph_bytes
+        return kept + self.step_bytes + self.context_bytes + self.slack_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """The KV pool included."""
+        return self.fixed_bytes + (self.pool_bytes or 0)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """What was predicted of an engine's memory, and what its start found.
+
+    Attributes:
+        measured: bytes by field of `Memory`; lacks what the device does not tell, on a CPU nearly all.
+        device_used_bytes: what all processes held of the device after the start; None on a CPU.
+    """
+
+    predicted: Memory
+    measured: Mapping[str, int]
+    device_used_bytes: int | None = None
+
+    def __str__(self) -> str:
+        def mib(size: int | None) -> str:
+            return "?" if size is None else f"{size / 2**20:,.0f}"
+
+        return ", ".join(
+            f"{name.removesuffix('_bytes')} {mib(getattr(self.predicted, name))} → {mib(found)}"
+            for name, found in self.measured.items()
+        )
 
 
 class Engine(Protocol):

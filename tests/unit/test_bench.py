@@ -1,10 +1,11 @@
 """The benchmarks run on a CPU with a tiny shape; their numbers mean nothing there."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bench import engine_gpu, react_replay, tensor_parallel
+from bench import engine_gpu, memory_model, react_replay, tensor_parallel
 from bench.common import model_config
 
 
@@ -77,3 +78,27 @@ def test_tensor_parallel(tmp_path):
     assert (one["tensor_parallel"], two["tensor_parallel"]) == (1, 2)
     assert one["agreement"] == two["agreement"] == 1.0
     assert two["prefill_tok_s"] > 0 < two["decode_ms"]
+
+
+def test_memory_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory_model, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count))
+    document = memory_model.main(
+        "--shapes tiny --device cpu --settings float32:64:4:graphs,float32:32:2:eager --prompt-tokens 40 "
+        f"--out {tmp_path}/memory.json".split()
+    )
+    assert json.loads((tmp_path / "memory.json").read_text())["bench"] == "memory_model"
+    summary = document["summary"]["berth"]
+    assert summary["weights"] == {"measured": 2, "within_goal": 2, "largest_error_mib": 0.0}
+    assert summary["activation"]["measured"] == 0  # a CPU keeps no count
+    assert {row["generated_tokens"] for row in document["results"]} == {4 * 8, 2 * 8}
+
+
+def test_memory_goals():
+    mib = 1 << 20
+    predicted = {"weights_bytes": 1150 * mib, "pool_bytes": 9000 * mib, "all but the pool": 2000 * mib}
+    measured = {"weights_bytes": 1000 * mib, "pool_bytes": 8000 * mib, "all but the pool": 2200 * mib}
+    found = {"predicted": predicted, "measured": measured, "generated_tokens": 1, "captured": 0}
+    rows = memory_model.compare("tiny", "bfloat16:1:1:eager", found)
+    # 15 % but 150 MiB; 12.5 % and 1,000 MiB; 9 %.
+    assert [row["within_goal"] for row in rows] == [True, False, False]
+    assert memory_model.summarize(rows)["pool"] == {"measured": 1, "within_goal": 0, "largest_error_mib": 1000.0}

@@ -1,0 +1,371 @@
+"""The memory model against published sizes, real steps on the CPU, and what was measured on an H200."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
+
+from actors.engine import assemble, memory
+from actors.engine.kv import KVCache, kv_shapes
+from actors.engine.protocol import Memory, MemoryReport, RowStep
+from actors.engine.runner import Runner
+from actors.messages import Sampling
+from bench import engine_gpu
+from bench.common import model_config
+from tests.unit.test_runner import CONFIGS
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+MIB = 1 << 20
+BF16 = torch.bfloat16
+SIZES = {"dtype": BF16, "max_prefill_tokens": 8192, "max_batch": 256, "max_model_len": 4096}
+
+
+def moe_30b():
+    """Qwen3-30B-A3B."""
+    return Qwen3MoeConfig(
+        hidden_size=2048,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        vocab_size=151936,
+        tie_word_embeddings=False,
+    )
+
+
+def smollm2_135m():
+    return AutoConfig.for_model(
+        "llama",
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+
+
+def changed(config, **fields):
+    return type(config)(**config.to_dict() | fields)
+
+
+# --- parameters
+
+
+@pytest.mark.parametrize(
+    ("config", "published"),
+    [
+        (model_config("8b"), 8_190_735_360),
+        (model_config("1.7b"), 1_720_574_976),
+        (model_config("32b"), 32_762_123_264),
+        (model_config("70b"), 70_553_706_496),
+        (moe_30b(), 30_532_122_624),
+        (smollm2_135m(), 134_515_008),
+    ],
+    ids=["Qwen3-8B", "Qwen3-1.7B", "Qwen3-32B", "Llama-3.1-70B", "Qwen3-30B-A3B", "SmolLM2-135M"],
+)
+def test_published_counts(config, published):
+    assert memory.parameters(config).total == published
+    assert memory.weights_bytes(config, BF16) == 2 * published
+    assert memory.weights_bytes(config, torch.float32) == 4 * published
+
+
+def test_parts_of_the_parameters():
+    dense, moe = memory.parameters(model_config("8b")), memory.parameters(moe_30b())
+    assert dense.active == dense.total - dense.embedding - dense.head
+    assert dense.read == dense.total - dense.embedding
+    assert moe.experts == 48 * 128 * 3 * 2048 * 768
+    # 3.3 B are active a token (its name says 3 B), embedding and head included.
+    assert moe.active + moe.embedding + moe.head == pytest.approx(3.35e9, rel=0.01)
+    tied = memory.parameters(model_config("1.7b"))
+    untied = memory.parameters(changed(model_config("1.7b"), tie_word_embeddings=False))
+    assert tied.total == tied.read == untied.total - untied.embedding
+
+
+def test_tensor_parallel_keeps_norms_whole():
+    config = model_config("8b")
+    norms = 36 * (2 * 4096 + 2 * 128) + 4096
+    split = memory.parameters(config).total - norms
+    for tp in (2, 4, 8):
+        assert memory.weights_bytes(config, BF16, tp=tp) == 2 * (split // tp + norms)
+
+
+def test_tensor_parallel_adds_a_row_bias_once():
+    config = changed(CONFIGS["llama"](), attention_bias=True)
+    plain = changed(config, attention_bias=False)
+    more = [memory.weights_bytes(config, BF16, tp=tp) - memory.weights_bytes(plain, BF16, tp=tp) for tp in (1, 2)]
+    # Of 4 layers: q 64, k 32, v 32 are split, o 64 is not.
+    assert more == [2 * 4 * (128 + 64), 2 * 4 * (128 // 2 + 64)]
+
+
+def test_int8_is_for_the_layers_alone():
+    config = model_config("8b")
+    found = memory.parameters(config)
+    rows = 36 * (4096 + 2 * 1024 + 4096 + 2 * 12288 + 4096)
+    norms = 36 * (2 * 4096 + 2 * 128) + 4096
+    linear = found.active - norms
+    kept = found.embedding + found.head + norms
+    assert memory.weights_bytes(config, BF16, "int8") == linear + 2 * rows + 2 * kept
+
+
+# --- KV
+
+
+def test_kv_bytes():
+    config = model_config("8b")
+    assert memory.kv_token_bytes(config, BF16) == 2 * 36 * 8 * 128 * 2 == 147_456
+    assert memory.kv_token_bytes(config, BF16, "int8") == memory.kv_token_bytes(config, BF16, "fp8") == 147_456 // 2
+    assert memory.kv_token_bytes(config, torch.float32) == 2 * 147_456
+    assert memory.kv_token_bytes(config, BF16, tp=8) == 147_456 // 8
+    assert memory.kv_token_bytes(changed(config, num_key_value_heads=1), BF16) == 147_456 // 8
+    assert memory.kv_token_bytes(changed(config, num_key_value_heads=32), BF16) == 4 * 147_456
+    with pytest.raises(ValueError, match="3 KV heads"):
+        memory.kv_token_bytes(smollm2_135m(), BF16, tp=2)
+
+
+def test_a_sliding_window_saves_no_page():
+    sliding = CONFIGS["gemma3"]()
+    assert "sliding_attention" in sliding.layer_types
+    assert memory.kv_token_bytes(sliding, BF16) == 2 * 4 * 2 * 16 * 2
+
+
+# --- activations
+
+
+def test_dense_activations_are_the_formula():
+    for shape in ("8b", "1.7b", "32b", "70b"):
+        config = model_config(shape)
+        numbers = 4 * config.hidden_size + 3 * config.intermediate_size + 2 * config.head_dim
+        assert memory.activation_bytes(config, BF16, 8192) == 2 * 8192 * numbers
+        assert memory.activation_bytes(config, torch.float32, 100) == 4 * 100 * numbers
+
+
+def test_moe_activations_are_four_copies_of_the_routed_tokens():
+    numbers = 4 * 2048 + 4 * 8 * 2048
+    assert memory.activation_bytes(moe_30b(), BF16, 8192) == pytest.approx(2 * 8192 * numbers, rel=0.01)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_activations_are_those_of_a_real_step(name):
+    config = CONFIGS[name]()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    kv = KVCache(kv_shapes(config), 2, 512, torch.float32, "cpu")
+    runner = Runner(model, kv, "reference" if name == "gemma2" else "sdpa", 1, 512, 512)
+    row = RowStep([3] * 512, 0, [1], False, Sampling())
+    found = memory.live_peak_bytes(lambda: runner.step([row]))
+    assert memory.activation_bytes(config, torch.float32, 512) == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("llama", 64), ("gemma2", 64), ("gemma2", 512)])
+def test_logits_are_those_of_a_real_draw(name, rows):
+    """Without the workspace of CUDA's sort, which a CPU does not take; 512 rows with a soft cap peak before drawing."""
+    config = changed(CONFIGS[name](), vocab_size=20_000)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    kernel = "reference" if name == "gemma2" else "sdpa"
+    runner = Runner(model, KVCache(kv_shapes(config), 2, 16, torch.float32, "cpu"), kernel, rows, rows, 16)
+    steps = [RowStep([3], 0, [1], True, Sampling(1.0, 0.9, 50), True) for _ in range(rows)]
+    found = memory.live_peak_bytes(lambda: runner.step(steps))
+    sort = 0 if (name, rows) == ("gemma2", 512) else memory.SORT_BYTES * 16 * 20_000
+    assert memory.logits_bytes(config, torch.float32, rows) - sort == pytest.approx(found, rel=0.05)
+
+
+# --- the whole
+
+
+def test_the_replay_on_an_h200():
+    """Peak of what torch allocated, 132 GB with the pool, and the size of the pool itself."""
+    document = json.loads((RESULTS / "react_replay_8b.json").read_text())
+    settings = document["summary"]["berth"]["settings"]
+    config = model_config("8b")
+    found = memory.predict(
+        config,
+        dtype=BF16,
+        max_prefill_tokens=settings["max_prefill_tokens"],
+        max_batch=settings["max_batch"],
+        max_model_len=3584,
+        device_bytes=int(document["device"]["memory_gib"] * 2**30),
+    )
+    pool = settings["pages"] * 256 * memory.kv_token_bytes(config, BF16)
+    allocated = found.weights_bytes + found.workspace_bytes + found.graph_bytes + found.activation_bytes
+    peak = document["results"][0]["peak_bytes"]
+    assert allocated == pytest.approx(peak - pool, rel=0.01)
+    assert found.pool_bytes == pytest.approx(pool, rel=0.005)  # context and slack were fitted to this
+
+
+def test_an_idle_engine_on_an_h200():
+    """SmolLM2-135M in bf16, 256 pages, graphs up to 64 rows: what stays allocated between steps."""
+    document = json.loads((RESULTS / "engine_gpu_c.json").read_text())
+    config = smollm2_135m()
+    pool = document["workload"]["pages"] * 256 * memory.kv_token_bytes(config, BF16)
+    found = memory.predict(config, **SIZES | {"max_batch": 64, "max_model_len": engine_gpu.MAX_MODEL_LEN})
+    idle = document["results"][0]["points"][-1]["allocated_mib"] * MIB
+    # The graphs' own pool of memory is free between replays.
+    held = found.weights_bytes + found.workspace_bytes + found.graph_bytes
+    assert held == pytest.approx(idle - pool, rel=0.03)
+
+
+def test_a_prefill_step_on_an_h200():
+    """SmolLM2-135M in fp32: 8,192 tokens, and the workspace of the engine's thread."""
+    document = json.loads((RESULTS / "engine_gpu_d.json").read_text())
+    step = memory.activation_bytes(smollm2_135m(), torch.float32, 8192) + memory.CUBLAS_BYTES[True]
+    assert step == pytest.approx(document["results"][0]["step_mib"] * MIB, rel=0.01)
+
+
+def test_components_grow_with_what_they_depend_on():
+    config = model_config("8b")
+    base = memory.predict(config, **SIZES)
+    wider = memory.predict(config, **SIZES | {"max_prefill_tokens": 16384})
+    fuller = memory.predict(config, **SIZES | {"max_batch": 512})
+    longer = memory.predict(config, **SIZES | {"max_model_len": 32768})
+    assert wider.activation_bytes == 2 * base.activation_bytes
+    assert fuller.logits_bytes > base.logits_bytes
+    assert fuller.graph_bytes > longer.graph_bytes > base.graph_bytes
+    for tp in (2, 4, 8):
+        part = memory.predict(config, **SIZES, tp=tp)
+        assert part.weights_bytes < base.weights_bytes / (tp - 1)
+        assert part.activation_bytes < base.activation_bytes
+    assert memory.predict(config, **SIZES, hopper=False).graph_bytes < base.graph_bytes
+    assert memory.predict(config, **SIZES, graphs=False).graph_bytes == 0
+    cpu = memory.predict(config, **SIZES, cuda=False)
+    assert cpu.total_bytes == cpu.weights_bytes + cpu.step_bytes
+
+
+def test_the_pool_is_what_the_budget_leaves():
+    config = model_config("8b")
+    page = 256 * memory.kv_token_bytes(config, BF16)
+    for fraction in (0.5, 0.9):
+        found = memory.predict(config, **SIZES, device_bytes=80 << 30, budget_fraction=fraction)
+        assert found.pool_bytes % page == 0
+        assert 0 <= fraction * (80 << 30) - found.total_bytes < page
+    halved = memory.predict(config, **SIZES, device_bytes=80 << 30, gpu_memory_fraction=0.5)
+    assert halved.pool_bytes == memory.predict(config, **SIZES, device_bytes=40 << 30).pool_bytes
+    assert memory.predict(config, **SIZES, device_bytes=16 << 30).pool_bytes == 0
+    few = memory.predict(config, **SIZES | {"max_batch": 2}, device_bytes=80 << 30)
+    assert few.pool_bytes == (2 * 4096 // 256 + 1) * page  # a full batch of the longest needs no more
+
+
+def test_an_engine_keeps_its_report():
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"](), dtype=torch.float32).eval()
+    engine = assemble.over_model(model, page_tokens=16, pages=9, max_batch=4, max_prefill_tokens=64)
+    engine.close()
+    report = engine.memory
+    assert report.predicted.weights_bytes == report.measured["weights_bytes"]
+    assert report.measured["pool_bytes"] == 9 * 16 * engine.capacity().kv_bytes_token
+    assert report.device_used_bytes is None
+    assert str(report).startswith("weights ")
+
+
+def test_the_pool_is_sized_by_the_measurement(monkeypatch):
+    """On a GPU: measured step, predicted graphs and slack; here with a device made of numbers."""
+    kv = types.SimpleNamespace(device=torch.device("cuda"), bytes_page=10 * MIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60_000 * MIB, 80_000 * MIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 16_000 * MIB)
+    predicted = Memory(0, 1, 1, 64 * MIB, 900 * MIB, 0, 100 * MIB)
+    measured = {"activation_bytes": 936 * MIB, "logits_bytes": 200 * MIB}
+    # 60,000 free, 8,000 of them beyond the budget; less 936, 900, 100, and 32 for the engine's thread.
+    assert assemble._pages(kv, predicted, measured, 0.9, 10_000, 1) == (52_000 - 936 - 900 - 100 - 32) // 10
+    assert assemble._pages(kv, predicted, measured, 0.9, 7, 1) == 7
+    with pytest.raises(assemble.OutOfMemory, match="no room for KV"):
+        assemble._pages(kv, predicted, measured, 0.2, 7)
+
+
+class FakeRunner:
+    """A runner whose steps allocate what a test says, on a device made of numbers."""
+
+    def __init__(self):
+        self.kv = types.SimpleNamespace(device=torch.device("cuda"))
+        self.allocated = 1000
+        self.asked = []
+
+    def profile(self, max_prefill_tokens=None, max_batch=None):
+        self.asked.append((max_prefill_tokens, max_batch))
+        if len(self.asked) == 1:
+            self.allocated += 32  # the workspace stays
+        return {(None, 1): 800, (1, None): 200}.get((max_prefill_tokens, max_batch), 1)
+
+
+def test_profile_steps_are_told_apart(monkeypatch):
+    runner = FakeRunner()
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: runner.allocated)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1100)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8000, 10_000))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert assemble._measure(runner) == {
+        "activation_bytes": 800,
+        "logits_bytes": 200,
+        "workspace_bytes": 32,
+        "context_bytes": 900,
+        "slack_bytes": 68,
+    }
+    assert runner.asked[0] == (1, 1)
+
+
+# --- the device
+
+
+class FakeNvml:
+    """Stands in for pynvml on a machine without a GPU."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, hidden=False, broken=False):
+        self.hidden, self.broken = hidden, broken
+
+    def nvmlInit(self):
+        if self.broken:
+            raise self.NVMLError("driver not loaded")
+
+    def nvmlDeviceGetCount(self):
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return index
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        assert uuid == "GPU-1234"
+        if self.hidden:
+            raise self.NVMLError("not found")
+        return 0
+
+    def nvmlDeviceGetName(self, handle):
+        return "NVIDIA H200"
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle):
+        return [9, 0]
+
+    def nvmlDeviceGetMemoryInfo(self, handle):
+        return types.SimpleNamespace(total=141 << 30, used=5 << 30)
+
+
+def test_what_the_device_holds(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="1234"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 10 << 30))
+    for nvml, wanted in ((FakeNvml(), 5), (FakeNvml(hidden=True), 7), (FakeNvml(broken=True), 7)):
+        monkeypatch.setitem(sys.modules, "pynvml", nvml)
+        assert memory.device_used_bytes(torch.device("cuda")) == wanted << 30
+
+
+def test_local_devices(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    assert memory.local_devices() == [memory.Device("NVIDIA H200", 141 << 30, (9, 0))] * 2
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(broken=True))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert memory.local_devices() == []
+
+
+def test_a_report_in_words():
+    report = MemoryReport(Memory(3 * MIB, 2 * MIB, 1 * MIB, 0, 0, 0, 0, 8 * MIB), {"weights_bytes": 4 * MIB})
+    assert str(report) == "weights 3 → 4"
+    assert (report.predicted.step_bytes, report.predicted.fixed_bytes) == (2 * MIB, 5 * MIB)
+    assert report.predicted.total_bytes == 13 * MIB

@@ -1,0 +1,294 @@
+"""What `berth plan` says, from folders that hold a config.json and nothing else."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from actors.engine import memory
+from bench import react_replay
+from bench.common import model_config
+from pipeline import hardware, plan
+from pipeline.__main__ import app
+from pipeline.config import load_run
+from pipeline.suite import SuiteConfig
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+EXPECTED = plan.Expected(rows=1000, prompt=2000, shared=1800, p50=2800, p95=3600, worst=4096, steps=5.0, exact=True)
+H200 = hardware.GPUS[-1]
+
+
+def suite(**fields):
+    return SuiteConfig.model_validate({"name": "s", "data": {"path": "x.jsonl"}} | fields)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of the three published shapes, without weights and tokenizer."""
+    root = tmp_path_factory.mktemp("shapes")
+    for shape in ("8b", "32b", "70b"):
+        model_config(shape).save_pretrained(root / shape)
+    return root
+
+
+def invoke(*args):
+    result = CliRunner().invoke(app, ["plan", QUICKSTART, *args])
+    return result.exit_code, result.stdout, result.stderr
+
+
+# --- trajectories
+
+
+def test_trajectory_tokens_follow_the_prior():
+    prior = {"steps": [3, 5, 7], "tokens_per_step": [120, 220, 350]}
+    p50, p95, worst = plan.trajectory_tokens(suite(prior=prior, limits={"trajectory_tokens": 8192}), 1000)
+    assert 1000 + 0.9 * 5 * 220 < p50 < 1000 + 1.1 * 5 * 220
+    assert 1000 + 7 * 220 < p95 < 1000 + 8 * 400
+    assert worst == 8192
+    assert plan.trajectory_tokens(suite(prior=prior, limits={"trajectory_tokens": 1500}), 1000) == (1500, 1500, 1500)
+    fewer = plan.trajectory_tokens(suite(prior=prior, limits={"trajectory_tokens": 8192, "max_steps": 2}), 1000)
+    assert fewer[1] < p50
+
+
+def test_residents_keep_the_risk():
+    for pool_tokens in (5_000, 50_000, 500_000):
+        held = plan.residents(pool_tokens, EXPECTED, 256)
+        assert plan.overflow_risk(held, pool_tokens, EXPECTED, 256) <= plan.RISK or held == 1
+        assert plan.overflow_risk(held + 1, pool_tokens, EXPECTED, 256) > plan.RISK
+    assert plan.residents(4000, EXPECTED, 256) == 0  # the longest trajectory would not fit
+
+
+def test_residents_against_drawn_trajectories():
+    pool_tokens = 60_000
+    held = plan.residents(pool_tokens, EXPECTED, 256)
+    deviation = (EXPECTED.p95 - EXPECTED.p50) / 1.645
+    peaks = np.random.default_rng(0).normal(EXPECTED.p50, deviation, (20_000, held))
+    shared = EXPECTED.shared // 256 * 256
+    used = shared + (np.ceil((peaks - shared) / 256) * 256).sum(axis=1)
+    assert 0.001 < (used > pool_tokens).mean() <= plan.RISK
+
+
+# --- speed
+
+
+def replay_work(repeat, row):
+    traces, generate, prefix = react_replay.make_traces(256, repeat), 64, 1700
+    contexts = [len(context) for trace in traces for context in trace.contexts()]
+    longest = [len(trace.contexts()[-1]) for trace in traces]
+    return hardware.Work(
+        calls=row["calls"],
+        prefill=row["prefilled_tokens"],
+        prefill_context=prefix**2 / 2 + sum((last**2 - prefix**2) / 2 for last in longest),
+        decode=len(contexts) * (generate - 1),
+        decode_context=sum((generate - 1) * (context + generate / 2) for context in contexts),
+    )
+
+
+def test_efficiency_is_what_the_replay_reached():
+    config = model_config("8b")
+    found = memory.parameters(config)
+    kv_bytes = memory.kv_token_bytes(config, memory.torch.bfloat16)
+    shape = hardware.Shape(found.active, found.head, 36 * 32 * 128, 2 * found.read, 0, 1.0, kv_bytes)
+    rows = json.loads((ROOT / "bench" / "results" / "react_replay_8b.json").read_text())["results"]
+    reached = []
+    for row in rows:
+        work = replay_work(row["repeat"], row)
+        prefill_s, decode_s = hardware.run_seconds(work, shape, H200, 256, 1, hardware.Efficiency(1, 1, 0))
+        reached.append((prefill_s / row["prefill_s"], decode_s / row["decode_s"], row["host_s"] * 256 / work.decode))
+        assert sum(hardware.run_seconds(work, shape, H200, 256)) == pytest.approx(row["wall_s"], rel=0.1)
+    ours = hardware.Efficiency()
+    assert (ours.prefill, ours.decode, ours.step_s) == pytest.approx(np.median(reached, axis=0), rel=0.01)
+
+
+def test_sharding_is_as_fast_as_measured():
+    """Two H100s beside one: prefill 46.2 to 30.4 thousand tokens a second, decode steps of 14.7 to 18.5 ms."""
+    whole = hardware.Shape(7_000_000_000, 600_000_000, 1, 16_000_000_000, 0, 1.0, 0)
+    half = hardware.Shape(7_000_000_000, 600_000_000, 1, 8_000_000_000, 0, 1.0, 0)
+    work = hardware.Work(calls=0, prefill=1e6, prefill_context=0, decode=1e4, decode_context=0)
+    reached = hardware.Efficiency(step_s=0)
+    one, two = (hardware.run_seconds(work, shape, H200, 64, tp, reached) for shape, tp in ((whole, 1), (half, 2)))
+    assert one[0] / two[0] == pytest.approx(46.2 / 30.4, rel=0.01)
+    assert one[1] / two[1] == pytest.approx(18.5 / 14.7, rel=0.01)
+
+
+def test_few_rows_read_few_experts():
+    shape = hardware.Shape(3_000_000_000, 300_000_000, 1, 60_000_000_000, 58_000_000_000, 8 / 128, 0)
+    work = hardware.Work(0, 0, 0, 1e4, 0)
+    per_step = [
+        hardware.run_seconds(work, shape, H200, rows, 1, hardware.Efficiency(1, 1, 0))[1] * rows for rows in (1, 64)
+    ]
+    assert per_step[0] / per_step[1] == pytest.approx((2 + 58 / 16) / (60 - 58 * (15 / 16) ** 64), rel=0.01)
+
+
+# --- rungs
+
+
+def test_rungs_follow_the_fallback():
+    config = load_run(QUICKSTART)
+    names = [(name, tp, batch, prefill) for name, tp, batch, prefill in plan.rungs(config, 8, 64, 8192)]
+    assert names == [
+        ("as it is", 1, 64, 8192),
+        ("smaller batch", 1, 32, 4096),
+        ("smaller batch", 1, 16, 2048),
+        ("sharded ×2", 2, 64, 8192),
+        ("sharded ×4", 4, 64, 8192),
+        ("sharded ×8", 8, 64, 8192),
+    ]
+    assert [rung[0] for rung in plan.rungs(config, 3, 16, 8192)] == ["as it is"]
+    sharded = load_run(QUICKSTART, ["fallback=[shard]", "pools.single.tensor_parallel_size=2"])
+    assert [rung[1] for rung in plan.rungs(sharded, 8, 64, 8192)] == [2, 4, 8]
+
+
+def options(folder, *sets):
+    config = load_run(QUICKSTART, [f"model.id={folder}", *sets])
+    return {option.gpu.name: option for option in plan.make_plan(config, hardware.GPUS).options if not option.cheaper}
+
+
+def test_the_first_rung_that_fits(folders):
+    rung = {shape: {name: option.rung for name, option in options(folders / shape).items()} for shape in ("8b", "70b")}
+    assert set(rung["8b"].values()) == {"as it is"}
+    assert rung["70b"] == {
+        "A10G 24 GB": "sharded ×8",
+        "L4 24 GB": "sharded ×8",
+        "A100 40 GB": "sharded ×4",
+        "A100 80 GB": "sharded ×2",
+        "H100 80 GB": "sharded ×2",
+        "H200 141 GB": "sharded ×2",
+    }
+    # 19 GiB of 24 for weights and a page: a batch of 256 rows and a prefill of 32,768 tokens leave no room.
+    tight = options(folders / "8b", "memory.max_prefill_tokens=65536")["A10G 24 GB"]
+    assert tight.rung == "smaller batch"
+    assert tight.memory.total_bytes <= 0.9 * tight.gpu.memory_bytes
+    nothing = options(folders / "70b", "fallback=[smaller_batch]")["H100 80 GB"]
+    assert (nothing.rung, nothing.at_once, nothing.hours, nothing.oom_risk) == (None, 0, None, 1.0)
+
+
+def test_replicas_hours_and_cost(folders):
+    one = options(folders / "70b", "price.usd_per_gpu_hour=2.5", "samples=1000")["H200 141 GB"]
+    assert one.gpu_hours == pytest.approx(2 * one.hours)
+    assert one.usd == pytest.approx(2.5 * one.gpu_hours)
+    fixed = options(folders / "70b", "samples=1000", "pools.single.replicas=3")["H200 141 GB"]
+    assert (fixed.replicas, fixed.usd) == (3, None)
+    assert fixed.hours == pytest.approx(one.hours / 3)
+    hurried = options(folders / "70b", "samples=1000", f"limits.max_hours={one.hours / 4.5}")["H200 141 GB"]
+    assert hurried.replicas == 5
+    # A thousand times the work takes a thousand times as long, once the batch is full.
+    ten = options(folders / "70b", "samples=10000")["H200 141 GB"]
+    assert ten.hours == pytest.approx(10 * one.hours, rel=0.01)
+
+
+def test_more_memory_is_never_worse(folders):
+    found = options(folders / "8b", "samples=100")
+    order = ["A10G 24 GB", "A100 40 GB", "A100 80 GB", "H200 141 GB"]
+    assert [found[name].at_once for name in order] == sorted(found[name].at_once for name in order)
+    risks = [option.oom_risk for option in found.values()]
+    assert all(0 <= risk <= 0.02 for risk in risks)
+
+
+def test_what_the_rates_do_not_cover_has_no_time(folders):
+    found = options(folders / "8b", "numerics=invariant")["H200 141 GB"]
+    assert (found.rung, found.hours, found.memory.graph_bytes) == ("as it is", None, 0)
+    assert found.memory.weights_bytes == 4 * 8_190_735_360
+    code, out, _ = invoke("--set", f"model.id={folders / '8b'}", "--set", "fallback=memory_first")
+    assert (code, "only smaller_batch and shard are planned" in out) == (0, True)
+
+
+def test_the_cheaper_rung_is_named_too(folders):
+    """Four A100 of 40 GB hold the weights of 70 B parameters and little else: eight of them are cheaper."""
+    config = load_run(QUICKSTART, [f"model.id={folders / '70b'}", "samples=1000"])
+    a100 = next(gpu for gpu in hardware.GPUS if gpu.name == "A100 40 GB")
+    first, better = plan.make_plan(config, [a100]).options
+    assert (first.rung, first.cheaper, better.cheaper) == ("sharded ×4", False, True)
+    assert better.gpu_hours <= 0.9 * first.gpu_hours
+    assert better.at_once > first.at_once
+    assert len(plan.make_plan(config, [H200]).options) == 1
+
+
+def test_local_gpus_take_their_rates_from_the_table(monkeypatch):
+    a100 = memory.Device("NVIDIA A100-SXM4-80GB", 79 << 30, (8, 0))
+    h100 = memory.Device("NVIDIA H100 80GB HBM3", 79 << 30, (9, 0))
+    other, old = memory.Device("NVIDIA A40", 45 << 30, (8, 6)), memory.Device("Tesla T4", 15 << 30, (7, 5))
+    monkeypatch.setattr(memory, "local_devices", lambda: [h100, h100, a100, other, old])
+    found = hardware.local_gpus()
+    assert [(gpu.name, gpu.count, gpu.hopper) for gpu in found] == [
+        ("here: NVIDIA H100 80GB HBM3", 2, True),
+        ("here: NVIDIA A100-SXM4-80GB", 1, False),
+        ("here: NVIDIA A40", 1, False),
+    ]
+    assert [gpu.memory_bytes_s for gpu in found] == [3.35e12, 2.039e12, None]
+
+
+def test_a_local_gpu_is_not_sharded_beyond_what_is_there(folders):
+    here = hardware.Gpu("here: NVIDIA H100", 79 << 30, 989e12, 3.35e12, True, count=1)
+    config = load_run(QUICKSTART, [f"model.id={folders / '70b'}"])
+    assert plan.make_plan(config, [here]).options[0].rung is None
+
+
+# --- the command
+
+
+@pytest.mark.parametrize("shape", ["8b", "32b", "70b"])
+def test_plan_prints_every_gpu(folders, shape):
+    code, out, _ = invoke("--set", f"model.id={folders / shape}", "--set", "price.usd_per_gpu_hour=2")
+    assert code == 0
+    for gpu in hardware.GPUS:
+        line = next(line for line in out.splitlines() if line.startswith(gpu.name))
+        assert "as it is" in line or "sharded ×" in line or "batch " in line
+        assert "$" in line
+        assert "likely" in line
+        assert "…" not in line
+    assert "the folder has no tokenizer" in out
+    assert "characters a token" in out
+
+
+def test_plan_as_json(folders):
+    code, out, err = invoke("--set", f"model.id={folders / '8b'}", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert document["parameters"] == 8_190_735_360
+    assert document["forecast"]["rows"] == 72
+    assert document["forecast"]["exact"] is False
+    first = document["options"][0]
+    assert first["memory"]["total_bytes"] == first["memory"]["fixed_bytes"] + first["memory"]["pool_bytes"]
+    assert not any(math.isnan(option["oom_risk"]) for option in document["options"])
+    assert "H200 141 GB" in err
+
+
+def test_plan_counts_with_the_tokenizer(smollm2):
+    code, out, _ = invoke()
+    assert code == 0
+    assert "note" not in out
+    config = load_run(QUICKSTART)
+    found = plan.make_plan(config, hardware.GPUS[:1]).forecast
+    assert found.exact
+    assert 0 < found.shared < found.prompt < found.p50 < found.p95 <= found.worst == 2048
+
+
+def test_plan_refuses_in_words(folders):
+    code, _, err = invoke("--set", f"model.id={folders / '8b'}", "--set", "engine=reference")
+    assert code == 2
+    assert "only the paged engine" in err
+    code, _, err = invoke("--set", f"model.id={folders / '8b'}", "--set", "pools.single.tensor_parallel_size=3")
+    assert code == 2
+    assert "pools: the model's KV heads cannot be split so (got 3); wants a divisor of 8" in err
+    code, _, err = invoke("--set", "model.id=/nowhere/at/all")
+    assert code == 2
+    assert "no such file or folder" in err
+
+
+def test_importing_plan_loads_no_torch():
+    code = "import sys, pipeline.plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_risk_in_words():
+    assert plan.risk_text(0.0) == "very unlikely (<0.1 %)"
+    assert plan.risk_text(0.009) == "unlikely (0.9 %)"
+    assert plan.risk_text(0.1) == "possible (10.0 %)"
+    assert plan.risk_text(0.5) == "likely (50.0 %)"
