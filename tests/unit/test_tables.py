@@ -18,9 +18,9 @@ from pipeline.tables import RESULTS, RunFacts, read_results, result_row, rows_to
 # CONTRACTS, results/: the public columns in their order.
 COLUMNS = """row_id task_id sample suite suite_version status error error_type stop_reason forced_finish parse_errors
 answer raw_answer gold score scores metadata trajectory num_steps tool_calls tool_errors prompt_tokens generated_tokens
-reused_tokens prefilled_tokens peak_tokens predicted_peak_bytes observed_peak_bytes pool rung attempts engine kernel dtype kv_dtype
-weights_dtype tp max_batch_seen seed reproducible model_revision data_sha prompt_sha template_sha tool_sha
-scorer_version queue_s prefill_s decode_s tool_s gpu_s schema_version"""
+reused_tokens prefilled_tokens peak_tokens predicted_peak_bytes observed_peak_bytes pool rung attempts engine kernel
+dtype kv_dtype weights_dtype tp max_batch_seen seed reproducible model_revision data_sha prompt_sha template_sha
+tool_sha scorer_version queue_s prefill_s decode_s tool_s gpu_s schema_version"""
 
 FACTS = RunFacts("hotpotqa", 1, "d", "p", None, "t", "exact_match@1")
 NUMERICS = Numerics("paged", "flash", "bfloat16", "bfloat16", "bfloat16", 1, "abc", False)
