@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -30,7 +31,7 @@ from pipeline.preflight import Prepared, prepare, transcript
 from pipeline.scoring import score
 from pipeline.tables import RESULTS, read_results, result_row, rows_to_table, write_table
 
-ROWS_PER_FILE = 16
+ROWS_PER_FILE = 8
 
 
 async def roll(prepared: Prepared, engine: Engine, task: Task, threads: ToolThreads) -> Trajectory:
@@ -102,7 +103,13 @@ def finished(out: str) -> set[str]:
     return set(read_results(f"{out}/results", ["row_id"]).column("row_id").to_pylist())
 
 
-def main() -> None:
+def prepared_run(argument: str, out: str, sets: Sequence[str] = ()) -> Prepared:
+    """`config.yaml:field=value:…` as a run whose folder is below `out` and has the config's name."""
+    path, *more = argument.split(":")
+    return prepare(load_run(path, [*more, *sets], out=f"{out}/{Path(path).stem}"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the arguments, build the engine, roll out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("configs", nargs="+", help="run config, with `:field=value` behind it for other values")
@@ -113,13 +120,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    suites: list[Prepared] = []
-    for argument in args.configs:
-        path, *sets = argument.split(":")
-        name = Path(path).stem
-        sets += [f"sampling.temperature={args.temperature}", f"samples={args.samples}", f"seed={args.seed}"]
-        suites.append(prepare(load_run(path, sets, out=f"{args.out}/{name}")))
+    args = parser.parse_args(argv)
+    sets = [f"sampling.temperature={args.temperature}", f"samples={args.samples}", f"seed={args.seed}"]
+    suites = [prepared_run(argument, args.out, sets) for argument in args.configs]
     model = suites[0].config.model
     engine = build(EngineSpec(model.id, revision=model.revision, dtype=args.dtype, max_batch=args.batch))
     try:

@@ -165,13 +165,7 @@ def write_manifest(prepared: Prepared) -> None:
 
 def forecaster(prepared: Prepared) -> Forecaster:
     """A forecaster that has learned from the run folders beside this run's: rows of the same suite and model."""
-    suite, parent = prepared.suite.config, prepared.config.out.rstrip("/").rpartition("/")[0]
-    limits = Limits(
-        max_steps=prepared.config.agent.max_steps or suite.limits.max_steps,
-        trajectory_tokens=suite.limits.trajectory_tokens,
-        context_tokens=prepared.model_len,
-    )
-    found = Forecaster(limits, prepared.shared_tokens, suite.prior, suite.report_by)
+    found, parent = untaught(prepared), prepared.config.out.rstrip("/").rpartition("/")[0]
     fs, path = filesystem(parent)
     for info in sorted(fs.get_file_info(FileSelector(path, allow_not_found=True)), key=lambda info: info.base_name):
         folder = f"{parent}/{info.base_name}"
@@ -181,6 +175,17 @@ def forecaster(prepared: Prepared) -> Forecaster:
             except (OSError, pa.ArrowException) as e:  # another run's tables must not stop this one
                 log.warning("no forecasts from %s: %s", folder, e)
     return found
+
+
+def untaught(prepared: Prepared) -> Forecaster:
+    """A forecaster that knows the suite's prior and limits, and no row yet."""
+    suite = prepared.suite.config
+    limits = Limits(
+        max_steps=prepared.config.agent.max_steps or suite.limits.max_steps,
+        trajectory_tokens=suite.limits.trajectory_tokens,
+        context_tokens=prepared.model_len,
+    )
+    return Forecaster(limits, prepared.shared_tokens, suite.prior, suite.report_by)
 
 
 def _exists(uri: str) -> bool:
