@@ -8,18 +8,23 @@ when they start and learned from when they end, and longer ones end later, so th
     python -m bench.forecast --runs runs/lengths --out bench/results/forecast.json \\
         configs/gsm8k.yaml:data=test.jsonl configs/quickstart.yaml
 
-The run folders are those of `bench.rollouts`. Nothing here is timed.
+The run folders are those of `bench.rollouts`: a model's own trajectories. With `--recorded NAME=FILE` also such as were
+written down before, replayed in the suite's format: GSM8K's solutions by people (a line a step, the sum in << >> as the
+calculator's call), or ReAct traces with `steps`. Nothing here is timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import heapq
+import json
 import random
+import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +33,7 @@ from actors.messages import Task
 from bench.common import device_info, print_table, write_json
 from bench.rollouts import prepared_run
 from pipeline.footprint import Forecaster, order
+from pipeline.preflight import Prepared, transcript
 from pipeline.run import untaught
 from pipeline.tables import read_results
 
@@ -39,6 +45,40 @@ Row = dict[str, Any]
 def as_task(row: Row) -> Task:
     """What a forecaster reads of a task."""
     return Task(row["task_id"], row["sample"], "", (), dict(row["metadata"]), {}, row["seed"])
+
+
+def recorded(prepared: Prepared, file: str) -> list[Row]:
+    """Rows of trajectories that a file records, by the suite's own format and tokenizer."""
+    tasks = {task.task_id: task for task in prepared.rows.tasks}
+    found: list[Row] = []
+    for line, text in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+        data = json.loads(text)
+        task = tasks[data["id"].rpartition("-")[0] if "steps" in data else f"line:{line}"]
+        steps = data.get("steps") or _solution(data["answer"])
+        story = transcript(prepared.config, prepared.suite, prepared.tools, prepared.tokenizer, task)
+        peak = 0
+        for number, step in enumerate(steps, 1):
+            said = f" {step['thought']}\nAction {number}: {step['action']}\n"
+            ids = prepared.tokenizer.encode(said, add_special_tokens=False)
+            peak = len(story.token_ids) + len(ids)
+            story.read(ids, "stop")
+            story.observe(step["observation"])
+        row = {"row_id": f"{task.task_id}/{line}", "task_id": task.task_id, "sample": line, "seed": 0}
+        row |= {"prompt_tokens": story.prompt_tokens, "peak_tokens": peak, "num_steps": len(steps)}
+        found.append(row | {"error_type": None, "metadata": task.metadata})
+    return found
+
+
+def _solution(answer: str) -> list[dict[str, str]]:
+    """GSM8K's solution as a trajectory."""
+    told, _, final = answer.partition("####")
+    steps: list[dict[str, str]] = []
+    for line in filter(None, map(str.strip, told.splitlines())):
+        sums = re.findall(r"<<(.*?)=(.*?)>>", line) or [("0", "0")]
+        thought = re.sub(r"<<.*?>>", "", line)
+        steps.append({"thought": thought, "action": f"Calculator[{sums[0][0]}]", "observation": sums[0][1]})
+    last = {"thought": "I have the answer.", "action": f"Finish[{final.strip()}]", "observation": ""}
+    return [*steps, last]
 
 
 def split(rows: Sequence[Row], learned: int, draw: random.Random) -> tuple[list[Row], list[Row]]:
@@ -58,6 +98,7 @@ def measure(p50: Sequence[float], p95: Sequence[float], held: Sequence[Row], lim
     """Coverage, and mean p95 over the limit and over the true mean peak."""
     peak = np.array([row["peak_tokens"] for row in held])
     return {
+        "held": len(held),
         "p95_coverage": float((peak <= np.array(p95)).mean()),
         "p50_coverage": float((peak <= np.array(p50)).mean()),
         "p95_of_limit": float(np.mean(p95) / limit),
@@ -91,7 +132,7 @@ def repeated(rows: Sequence[Row], make: Callable[[], Forecaster], learned: int, 
     return found
 
 
-def simulated(rows: Sequence[Row], make: Callable[[], Forecaster], concurrent: int) -> Row:
+def simulated(rows: Sequence[Row], make: Callable[[], Forecaster], concurrent: int, in_order: bool) -> Row:
     """A run that learns as it goes: coverage of the forecasts that were made when rows started."""
     model = make()
     by_id = {row["row_id"]: row for row in rows}
@@ -102,13 +143,15 @@ def simulated(rows: Sequence[Row], make: Callable[[], Forecaster], concurrent: i
     while waiting or running:
         while waiting and len(running) < concurrent:
             row = waiting.pop()
+            if in_order:
+                model.begin(row["row_id"])
             made.append((row, model.forecast(as_task(row), row["prompt_tokens"])))
             heapq.heappush(running, (now + row["peak_tokens"] - row["prompt_tokens"], row["row_id"]))
         now, row_id = heapq.heappop(running)
         model.observe(by_id[row_id])
     held = [row for row, _ in made]
     found = measure([f.p50_tokens for _, f in made], [f.p95_tokens for _, f in made], held, model.limits.tokens)
-    return {"method": f"run, {concurrent} at once", "rows": len(rows), **found}
+    return {"method": f"run, {concurrent} at once" + ", in order" * in_order, "learned": None, **found}
 
 
 def summarise(measures: Sequence[Row]) -> Row:
@@ -124,40 +167,61 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("configs", nargs="+", help="run config, with `:field=value` behind it for other values")
     parser.add_argument("--runs", required=True, help="folder that holds a run folder of each config's name")
-    parser.add_argument("--learned", type=int, nargs="+", default=[0, 10, 20, 50, 100, 200])
+    parser.add_argument("--recorded", action="append", default=[], help="NAME=FILE, NAME being a config's")
+    parser.add_argument("--learned", type=int, nargs="+", default=[0, 10, 20, 50, 100, 150, 200])
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--out")
     args = parser.parse_args(argv)
     results: list[Row] = []
-    suites: dict[str, Row] = {}
+    sources: dict[str, Row] = {}
+    files = dict(item.split("=", 1) for item in args.recorded)
     for argument in args.configs:
         prepared = prepared_run(argument, args.runs)
-        name, make = prepared.facts.suite, partial(untaught, prepared)
+        make = partial(untaught, prepared)
         table = read_results(f"{prepared.config.out}/results", COLUMNS).to_pylist()
-        rows = sorted((row for row in table if row["peak_tokens"]), key=lambda row: row["row_id"])
-        growth = [row["peak_tokens"] - row["prompt_tokens"] for row in rows]
-        suites[name] = {
-            "rows": len(rows),
-            "questions": len({row["task_id"] for row in rows}),
-            "limit_tokens": make().limits.tokens,
-            "mean_prompt_tokens": statistics.fmean(row["prompt_tokens"] for row in rows),
-            "growth_p5_p50_p95_max": [*np.quantile(growth, (0.05, 0.5, 0.95)).tolist(), max(growth)],
-            "mean_steps": statistics.fmean(row["num_steps"] for row in rows),
-        }
-        for learned in args.learned:
-            for method, measures in repeated(rows, make, learned, args.repeats).items():
-                found = {"suite": name, "learned": learned, "method": method, **summarise(measures)}
-                results.append(found)
-        results += [{"suite": name, **simulated(rows, make, concurrent)} for concurrent in args.concurrent]
-    print_table("suites", [{"suite": name} | about for name, about in suites.items()])
+        found = {"model": [row for row in table if row["peak_tokens"]]}
+        if (name := Path(prepared.config.out).name) in files:
+            found["recorded"] = recorded(prepared, files[name])
+        for source, rows in found.items():
+            if rows:
+                label = f"{prepared.facts.suite}, {source}"
+                rows.sort(key=lambda row: row["row_id"])
+                sources[label] = about(rows, make().limits.tokens)
+                results += [{"source": label} | row for row in measured(rows, make, args)]
+    print_table("sources", [{"source": name} | row for name, row in sources.items()])
     print_table(f"forecasts, means of {args.repeats} splits", results)
-    most = max(args.learned)
-    summary = {row["suite"]: row for row in results if row.get("learned") == most and row["method"] == "forecast"}
-    workload = {"suites": suites, "repeats": args.repeats, "splits": "by question", "learned": args.learned}
-    return write_json(
-        args.out, "forecast", device=device_info("cpu"), workload=workload, results=results, summary=summary
-    )
+    # Of each source, after the most rows that leave a fifth as many to be forecast.
+    best = {row["source"]: row for row in results if row["method"] == "forecast" and row["held"] * 5 >= row["learned"]}
+    workload = {"sources": sources, "repeats": args.repeats, "splits": "by question", "learned": args.learned}
+    return write_json(args.out, "forecast", device=device_info("cpu"), workload=workload, results=results, summary=best)
+
+
+def about(rows: Sequence[Row], limit: int) -> Row:
+    """What kind of rows they are."""
+    growth = [row["peak_tokens"] - row["prompt_tokens"] for row in rows]
+    p5, p50, p95 = np.quantile(growth, (0.05, 0.5, 0.95)).tolist()
+    return {
+        "rows": len(rows),
+        "questions": len({row["task_id"] for row in rows}),
+        "limit_tokens": limit,
+        "mean_prompt_tokens": statistics.fmean(row["prompt_tokens"] for row in rows),
+        "growth_p5": p5,
+        "growth_p50": p50,
+        "growth_p95": p95,
+        "growth_max": max(growth),
+        "mean_steps": statistics.fmean(row["num_steps"] for row in rows),
+    }
+
+
+def measured(rows: Sequence[Row], make: Callable[[], Forecaster], args: argparse.Namespace) -> Iterator[Row]:
+    """Every method after so many learned rows, then simulated runs."""
+    for learned in (n for n in args.learned if n < len(rows)):
+        for method, measures in repeated(rows, make, learned, args.repeats).items():
+            yield {"method": method, "learned": learned, **summarise(measures)}
+    for concurrent in args.concurrent:
+        yield simulated(rows, make, concurrent, False)
+        yield simulated(rows, make, concurrent, True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ from pipeline.tables import RESULTS, RunFacts, read_table
 MAX_ROWS = 1024
 """Finished rows kept, the newest: 50 KB."""
 PRIOR_ROWS = 20.0
-"""Rows that the prior counts for while there are none; it fades as they come."""
+"""Rows that the prior counts for while there are none."""
+FADE_ROWS = 10.0
+"""Finished rows that make the prior count for a third; after 50 it is gone, or its tail would widen every p95."""
 PAST_ROWS = 50.0
 """Rows that this run must finish for earlier runs' rows to count half."""
 SHRINK_ROWS = 20.0
@@ -60,13 +62,23 @@ class Forecaster:
         self.limits, self.shared_tokens, self.group_by = limits, shared_tokens, tuple(group_by)
         self._rows: Array = np.array(_prior_rows(prior) if prior else [], dtype=np.float64).reshape(-1, 6)
         self._new: list[tuple[float, ...]] = []
+        self._running: dict[str, Mapping[str, Any] | None] = {}
         self._seen = 0
         self._groups: dict[tuple[str, ...], int] = {}
         self._known: dict[tuple[int, int], tuple[Array, int]] = {}
 
+    def begin(self, row_id: str) -> None:
+        """This row is being rolled out. Of rows that run at the same time the short ones end first, so what is learned
+        from finished ones alone is too short: a row counts once all that began before it have ended."""
+        self._running[row_id] = None
+
     def observe(self, row: Mapping[str, Any]) -> None:
         """Learn from a row of `results/`; rows that a failure cut off teach nothing."""
-        self._learn(row, _OWN)
+        self._running[row["row_id"]] = row
+        for row_id, ended in list(self._running.items()):
+            if ended is None:
+                break
+            self._learn(self._running.pop(row_id) or ended, _OWN)
 
     def _learn(self, row: Mapping[str, Any], source: float) -> None:
         prompt, peak = row["prompt_tokens"], row["peak_tokens"]
@@ -135,7 +147,7 @@ class Forecaster:
         weights[source == _PAST] = PAST_ROWS / (PAST_ROWS + (source == _OWN).sum())
         prior = source == _PRIOR
         seen = weights[~prior].sum()
-        weights[prior] = PRIOR_ROWS * exp(-seen / PRIOR_ROWS) / max(1, prior.sum())
+        weights[prior] = PRIOR_ROWS * exp(-seen / FADE_ROWS) / max(1, prior.sum())
         return weights
 
     def _kept(self) -> Array:
