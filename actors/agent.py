@@ -84,6 +84,7 @@ class Rollout:
         self.slips = 0
         self.tool_calls = 0
         self.tool_errors = 0
+        self.peak_tokens = 0
         self.tool_s = 0.0
         self.crash: str | None = None
 
@@ -132,6 +133,7 @@ class Rollout:
             generation = await self.generate(self.transcript.token_ids, turn)
             step.add(generation.usage)
             self.total.add(generation.usage)
+            self.peak_tokens = max(self.peak_tokens, len(self.transcript.token_ids) + len(generation.token_ids))
             action = self.transcript.read(generation.token_ids, generation.finish_reason)
             if action is not None:
                 self.slips += action.slips
@@ -187,6 +189,7 @@ class Rollout:
             tool_calls=self.tool_calls,
             tool_errors=self.tool_errors,
             prompt_tokens=self.transcript.prompt_tokens,
+            peak_tokens=self.peak_tokens,
             usage=self.total.usage,
             tool_s=self.tool_s,
         )

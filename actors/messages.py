@@ -41,6 +41,31 @@ class Task:
         return f"{self.task_id}/{self.sample}"
 
 
+FORECAST_LEVELS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+"""At which probabilities a forecast gives quantiles; the last is what the limits allow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a trajectory is expected to need, from its first call to its last. Orders and places work, bounds nothing.
+
+    Attributes:
+        prompt_tokens: tokens of its prompt.
+        shared_tokens: of them the prefix that every prompt of the suite begins with.
+        p50_tokens, p95_tokens: quantiles of its longest transcript, prompt included.
+        quantile_tokens: the same at each of FORECAST_LEVELS, ascending; interpolate linearly to draw from them,
+            with prompt_tokens at 0.
+        p50_steps: median of its steps.
+    """
+
+    prompt_tokens: int
+    shared_tokens: int
+    p50_tokens: int
+    p95_tokens: int
+    quantile_tokens: tuple[int, ...]
+    p50_steps: int
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are drawn.
@@ -225,6 +250,7 @@ class Trajectory:
         error_type: model, tool or infra; None without an error.
         forced_finish: the step limit was reached and the answer was asked for.
         parse_errors: slips in the model's format that were forgiven or pointed out.
+        peak_tokens: longest transcript that was computed, prompt and generation, in tokens.
     """
 
     task: Task
@@ -239,6 +265,7 @@ class Trajectory:
     tool_calls: int = 0
     tool_errors: int = 0
     prompt_tokens: int = 0
+    peak_tokens: int = 0
     usage: Usage = field(default_factory=Usage)
     tool_s: float = 0.0
     attempts: int = 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from actors.actions import ToolSpec, fewshot_tools
 from actors.errors import InputError
 from actors.formats import Format, Prompt, check_format, fill, make_format
 from actors.messages import Task
+from actors.tokens import codec_of
 from actors.tools import FINISH, Tool, load_tools, tools_sha
 from pipeline.config import RunConfig, nearest
 from pipeline.scoring import Scorer, gold_check, load_scorers, version_of
@@ -25,6 +26,8 @@ from pipeline.tables import RunFacts
 
 UNBOUNDED = 1 << 20
 """Tokens of context for models that name no bound."""
+SHOWN = 8
+"""Prompts that are rendered to find what all have in common."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,8 @@ class Prepared:
         tokenizer: the model's.
         model_revision: commit, or a digest of the file.
         model_len: the longest context the model (or the config) allows, in tokens.
+        prompt_tokens: tokens of each task's prompt, by task id.
+        shared_tokens: of them the prefix that all prompts begin with.
     """
 
     config: RunConfig
@@ -47,6 +52,8 @@ class Prepared:
     model_revision: str
     model_len: int
     facts: RunFacts
+    prompt_tokens: Mapping[str, int]
+    shared_tokens: int
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -83,7 +90,8 @@ def prepare(config: RunConfig) -> Prepared:
     tokenizer = load_tokenizer(model.folder, trust_remote_code=trusted)
     check_format(config.agent.format, tokenizer, specs(tools))
     model_len = context_tokens(config, model_config)
-    _check_context(config, suite, rows, tools, tokenizer, model_len)
+    prompt_tokens, shared_tokens = count_prompts(config, suite, rows.tasks, tools, tokenizer)
+    _check_context(config, suite, rows, tools, tokenizer, model_len, prompt_tokens)
     return Prepared(
         config=config,
         suite=suite,
@@ -95,6 +103,8 @@ def prepare(config: RunConfig) -> Prepared:
         model_revision=model.revision,
         model_len=model_len,
         facts=_facts(config, suite, rows, tools, scorers, tokenizer),
+        prompt_tokens=prompt_tokens,
+        shared_tokens=shared_tokens,
     )
 
 
@@ -187,16 +197,40 @@ def context_tokens(config: RunConfig, model_config: Any) -> int:
     return wanted or own or UNBOUNDED
 
 
+def count_prompts(
+    config: RunConfig, suite: Suite, tasks: Sequence[Task], tools: Sequence[Tool], tokenizer: Any
+) -> tuple[dict[str, int], int]:
+    """Tokens of each task's prompt, by task id, and of the prefix they share.
+
+    A few prompts are rendered; for the others only what differs, the user's text, is tokenised, all at once. Where a
+    tokenizer joins it with the text around it, a count may be a token off.
+    """
+    users = {task.task_id: fill(suite.config.prompt.user, task).strip() for task in tasks if task.sample == 0}
+    counts = dict(zip(users, codec_of(tokenizer).count([f"\n{text}" for text in users.values()]), strict=True))
+    some = tasks[:: max(1, len(tasks) // SHOWN)]
+    shown = [transcript(config, suite, tools, tokenizer, task).token_ids for task in some]
+    rest = len(shown[0]) - counts[some[0].task_id]
+    columns = enumerate(zip(*shown, strict=False))
+    shared = next((i for i, ids in columns if len(set(ids)) > 1), min(map(len, shown)))
+    return {task_id: count + rest for task_id, count in counts.items()}, shared
+
+
 def _check_context(
-    config: RunConfig, suite: Suite, rows: Rows, tools: Sequence[Tool], tokenizer: Any, model_len: int
+    config: RunConfig,
+    suite: Suite,
+    rows: Rows,
+    tools: Sequence[Tool],
+    tokenizer: Any,
+    model_len: int,
+    prompt_tokens: Mapping[str, int],
 ) -> None:
-    """Every prompt leaves room for one turn. A token is at least a byte, so only long rows are tokenised."""
+    """Every prompt leaves room for one turn. Only prompts near the bound are rendered to be sure."""
     bound = min(model_len, suite.config.limits.trajectory_tokens)
     name = "the model's context" if model_len <= suite.config.limits.trajectory_tokens else "limits.trajectory_tokens"
     empty = transcript(config, suite, tools, tokenizer, rows.tasks[0])
-    room = bound - empty.turn().max_tokens - empty.prompt_tokens
+    room = bound - empty.turn().max_tokens
     for task in rows.tasks:
-        if task.sample or len(fill(suite.config.prompt.user, task).encode()) + 64 < room:
+        if task.sample or prompt_tokens[task.task_id] + 64 < room:
             continue
         prompt = transcript(config, suite, tools, tokenizer, task)
         if prompt.prompt_tokens + prompt.turn().max_tokens > bound:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
@@ -22,12 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from pyarrow.fs import FileType
+from pyarrow.fs import FileSelector, FileType
 
+from actors.agent import Limits
 from actors.errors import Incomplete, InputError, RunConflict
 from pipeline import __version__
 from pipeline.config import RunConfig, dump
 from pipeline.console import Screen, duration, eta
+from pipeline.footprint import Forecaster, order
 from pipeline.journal import Progress
 from pipeline.lock import locked
 from pipeline.preflight import Prepared, identity
@@ -48,6 +51,8 @@ from pipeline.tables import (
     write_bytes,
     write_table,
 )
+
+log = logging.getLogger("berth")
 
 MANIFEST_ROWS = 4096
 
@@ -151,13 +156,39 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> st
 
 
 def write_manifest(prepared: Prepared) -> None:
-    """The tasks as Parquet, once: Ray Data reads this, and resumes by it."""
+    """The tasks with their forecasts as Parquet, largest first, once: Ray Data reads this, and resumes by it."""
     out, tasks = prepared.config.out, prepared.rows.tasks
     if count_rows(f"{out}/tasks", TASKS) == len(tasks):
         return
+    ordered = order(tasks, forecaster(prepared), prepared.prompt_tokens)
     for start in range(0, len(tasks), MANIFEST_ROWS):
-        rows = [task_row(task) for task in tasks[start : start + MANIFEST_ROWS]]
+        rows = [task_row(task, forecast) for task, forecast in ordered[start : start + MANIFEST_ROWS]]
         write_table(rows_to_table(rows, TASKS), f"{out}/tasks/tasks-{start // MANIFEST_ROWS:06d}.parquet")
+
+
+def forecaster(prepared: Prepared) -> Forecaster:
+    """A forecaster that has learned from the run folders beside this run's: rows of the same suite and model."""
+    found, parent = untaught(prepared), prepared.config.out.rstrip("/").rpartition("/")[0]
+    fs, path = filesystem(parent)
+    for info in sorted(fs.get_file_info(FileSelector(path, allow_not_found=True)), key=lambda info: info.base_name):
+        folder = f"{parent}/{info.base_name}"
+        if info.type == FileType.Directory and _exists(f"{folder}/run.json"):
+            try:
+                found.learn_from_tables(f"{folder}/results", prepared.facts, prepared.model_revision)
+            except (OSError, pa.ArrowException) as e:  # another run's tables must not stop this one
+                log.warning("no forecasts from %s: %s", folder, e)
+    return found
+
+
+def untaught(prepared: Prepared) -> Forecaster:
+    """A forecaster that knows the suite's prior and limits, and no row yet."""
+    suite = prepared.suite.config
+    limits = Limits(
+        max_steps=prepared.config.agent.max_steps or suite.limits.max_steps,
+        trajectory_tokens=suite.limits.trajectory_tokens,
+        context_tokens=prepared.model_len,
+    )
+    return Forecaster(limits, prepared.shared_tokens, suite.prior, suite.report_by)
 
 
 def _exists(uri: str) -> bool:

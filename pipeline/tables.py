@@ -21,10 +21,10 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from actors.errors import InputError
-from actors.messages import Numerics, Step, Task, Trajectory, Usage
+from actors.messages import Forecast, Numerics, Step, Task, Trajectory, Usage
 from pipeline.scoring import Scored
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_RAW_CHARS = 2000
 
 _TEXT, _I32, _I64, _F64, _BOOL = pa.string(), pa.int32(), pa.int64(), pa.float64(), pa.bool_()
@@ -64,7 +64,7 @@ RESULTS = _schema(
     (_STRINGS, "metadata!"),
     (pa.list_(_STEP), "trajectory!"),
     (_I32, "num_steps! tool_calls! tool_errors!"),
-    (_I64, "prompt_tokens! generated_tokens! reused_tokens! prefilled_tokens!"),
+    (_I64, "prompt_tokens! generated_tokens! reused_tokens! prefilled_tokens! peak_tokens"),
     (_I64, "predicted_peak_bytes observed_peak_bytes"),
     (_TEXT, "pool rung"),
     (_I32, "attempts!"),
@@ -85,7 +85,8 @@ TASKS = _schema(
     (pa.list_(_TEXT), "gold!"),
     (_STRINGS, "metadata!"),
     (_TEXT, "row!"),
-    (_I64, "predicted_tokens_p50 predicted_tokens_p95 predicted_peak_bytes"),
+    (_I64, "prompt_tokens shared_tokens p50_tokens p95_tokens p50_steps predicted_peak_bytes"),
+    (pa.list_(_I64), "quantile_tokens"),
 )
 
 ATTEMPTS = _schema(
@@ -161,6 +162,7 @@ def result_row(
         "generated_tokens": usage.generated,
         "reused_tokens": usage.reused,
         "prefilled_tokens": usage.prefilled,
+        "peak_tokens": trajectory.peak_tokens or None,
         "predicted_peak_bytes": predicted_peak_bytes,
         "observed_peak_bytes": usage.kv_bytes_peak or None,
         "pool": pool,
@@ -205,6 +207,7 @@ def trajectory_from_row(row: Mapping[str, Any], task: Mapping[str, Any] | None =
     same += ("tool_calls", "tool_errors", "prompt_tokens", "tool_s", "attempts")
     return Trajectory(
         task=restored,
+        peak_tokens=row["peak_tokens"] or 0,
         steps=tuple(Step(**step) for step in row["trajectory"]),
         usage=usage,
         numerics=numerics,
@@ -213,11 +216,7 @@ def trajectory_from_row(row: Mapping[str, Any], task: Mapping[str, Any] | None =
 
 
 def task_row(
-    task: Task,
-    *,
-    predicted_tokens_p50: int | None = None,
-    predicted_tokens_p95: int | None = None,
-    predicted_peak_bytes: int | None = None,
+    task: Task, forecast: Forecast | None = None, *, predicted_peak_bytes: int | None = None
 ) -> dict[str, Any]:
     """One row of the manifest `tasks/`; the whole data row goes in as JSON."""
     return {
@@ -229,10 +228,16 @@ def task_row(
         "gold": list(task.gold),
         "metadata": dict(task.metadata),
         "row": json.dumps(dict(task.row), ensure_ascii=False, default=str),
-        "predicted_tokens_p50": predicted_tokens_p50,
-        "predicted_tokens_p95": predicted_tokens_p95,
         "predicted_peak_bytes": predicted_peak_bytes,
+        **{item.name: getattr(forecast, item.name, None) for item in fields(Forecast)},
     }
+
+
+def forecast_from_row(row: Mapping[str, Any]) -> Forecast:
+    """The Forecast that a manifest row holds."""
+    found: dict[str, Any] = {item.name: row[item.name] for item in fields(Forecast)}
+    found["quantile_tokens"] = tuple(found["quantile_tokens"])
+    return Forecast(**found)
 
 
 def task_from_row(row: Mapping[str, Any]) -> Task:

@@ -276,7 +276,7 @@ def test_the_pool_is_sized_by_the_measurement(monkeypatch):
     assert assemble._pages(kv, predicted, measured, 0.9, 10_000, 1) == (52_000 - 936 - 900 - 100 - 32) // 10
     assert assemble._pages(kv, predicted, measured, 0.9, 7, 1) == 7
     with pytest.raises(assemble.OutOfMemory, match="no room for KV"):
-        assemble._pages(kv, predicted, measured, 0.2, 7)
+        assemble._pages(kv, predicted, measured, 0.2, 7, 1)
 
 
 class FakeRunner:

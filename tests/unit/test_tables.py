@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.errors import InputError
-from actors.messages import Numerics, Step, Task, Trajectory, Usage
+from actors.messages import Forecast, Numerics, Step, Task, Trajectory, Usage
 from pipeline import tables
 from pipeline.scoring import Scored
 from pipeline.tables import RESULTS, RunFacts, read_results, result_row, rows_to_table, write_table
@@ -18,9 +18,9 @@ from pipeline.tables import RESULTS, RunFacts, read_results, result_row, rows_to
 # CONTRACTS, results/: the public columns in their order.
 COLUMNS = """row_id task_id sample suite suite_version status error error_type stop_reason forced_finish parse_errors
 answer raw_answer gold score scores metadata trajectory num_steps tool_calls tool_errors prompt_tokens generated_tokens
-reused_tokens prefilled_tokens predicted_peak_bytes observed_peak_bytes pool rung attempts engine kernel dtype kv_dtype
-weights_dtype tp max_batch_seen seed reproducible model_revision data_sha prompt_sha template_sha tool_sha
-scorer_version queue_s prefill_s decode_s tool_s gpu_s schema_version"""
+reused_tokens prefilled_tokens peak_tokens predicted_peak_bytes observed_peak_bytes pool rung attempts engine kernel
+dtype kv_dtype weights_dtype tp max_batch_seen seed reproducible model_revision data_sha prompt_sha template_sha
+tool_sha scorer_version queue_s prefill_s decode_s tool_s gpu_s schema_version"""
 
 FACTS = RunFacts("hotpotqa", 1, "d", "p", None, "t", "exact_match@1")
 NUMERICS = Numerics("paged", "flash", "bfloat16", "bfloat16", "bfloat16", 1, "abc", False)
@@ -28,8 +28,18 @@ TASK = Task("q1", 2, "Who?", ("Ann", "Anne"), {"type": "bridge"}, {"id": "q1", "
 STEP = Step("think", "Search[x]", "search", '{"q": "x"}', "seen", 12, 0.5, 100, 40)
 USAGE = Usage(120, 100, 40, 12, 4096, 8, 0, 0.1, 0.2, 0.3, 0.4)
 DONE = Trajectory(
-    TASK, (STEP, STEP), "Ann", "Finish[Ann]", "finish", tool_calls=2, prompt_tokens=120, usage=USAGE, numerics=NUMERICS
+    TASK,
+    (STEP, STEP),
+    "Ann",
+    "Finish[Ann]",
+    "finish",
+    tool_calls=2,
+    prompt_tokens=120,
+    peak_tokens=160,
+    usage=USAGE,
+    numerics=NUMERICS,
 )
+FORECAST = Forecast(120, 100, 150, 170, (140, 150, 170), 2)
 DEAD = Trajectory(TASK, (), None, None, "error", error="node lost", error_type="infra", attempts=3)
 
 
@@ -46,8 +56,9 @@ def test_results_have_the_columns_of_the_contract():
 @pytest.mark.parametrize("trajectory", [DONE, DEAD])
 def test_a_trajectory_survives_arrow_and_json(trajectory):
     [stored] = rows_to_table([row(trajectory)], RESULTS).to_pylist()
-    [manifest] = rows_to_table([tables.task_row(TASK, predicted_tokens_p50=5)], tables.TASKS).to_pylist()
+    [manifest] = rows_to_table([tables.task_row(TASK, FORECAST)], tables.TASKS).to_pylist()
     assert tables.task_from_row(manifest) == TASK
+    assert tables.forecast_from_row(manifest) == FORECAST
     assert tables.trajectory_from_row(stored, manifest) == trajectory
     through_json = json.loads(json.dumps(row(trajectory)))
     assert tables.trajectory_from_row(through_json, manifest) == trajectory
