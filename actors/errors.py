@@ -11,6 +11,7 @@
     │   ├── OutOfMemory       fails alone at the smallest bound
     │   ├── Cancelled         the sequence was ended while the request ran
     │   └── EngineDead        the engine cannot go on; its replica must be replaced
+    ├── Fenced                a higher attempt of the row has taken its lease over
     └── ToolError             a tool's failure: an observation for the model
         ├── ToolTimeout       ran past its limit
         └── ToolCrash         a bug in the tool or its process: recorded as infrastructure
@@ -91,6 +92,10 @@ class Cancelled(EngineError):
 
 class EngineDead(EngineError):
     """The engine cannot continue (dead CUDA context, lost rank)."""
+
+
+class Fenced(BerthError):
+    """A higher attempt of the row has taken its lease over; this one is to stop and record nothing."""
 
 
 class ToolError(BerthError):

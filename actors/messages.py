@@ -174,12 +174,14 @@ class Call:
         token_ids: the whole transcript so far.
         turn: when the answer ends.
         sampling: how tokens are drawn.
+        suite: the trajectory's suite.
     """
 
     row_id: str
     token_ids: Sequence[int]
     turn: Turn
     sampling: Sampling
+    suite: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,3 +272,50 @@ class Trajectory:
     tool_s: float = 0.0
     attempts: int = 1
     numerics: Numerics | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A trajectory asks for its home, before each of its calls; asking again changes nothing.
+
+    Attributes:
+        attempt: a higher one takes the row over; a lower one is refused.
+        tokens: of the transcript now.
+        home: replica that served the last call.
+        avoid: replica at which the last call failed.
+        pool: the pool it must go to; None leaves the choice to the forecast.
+    """
+
+    row_id: str
+    attempt: int
+    suite: str
+    forecast: Forecast
+    tokens: int
+    home: str | None = None
+    avoid: str | None = None
+    pool: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Where a trajectory's calls go until it ends.
+
+    Attributes:
+        replica: its home; None where the pool has no replica yet and the call is to start one.
+        fits: False: the forecast exceeds the largest replica of every pool; this is the largest.
+    """
+
+    row_id: str
+    attempt: int
+    pool: str
+    replica: str | None
+    fits: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A trajectory whose pages a replica keeps."""
+
+    row_id: str
+    suite: str
+    tokens: int

@@ -218,7 +218,7 @@ def test_a_wrong_forecast_changes_the_order_and_nothing_else(prepared, monkeypat
     def manifest(out: str) -> tuple[list[dict], Limits]:
         made = replace(prepared, config=prepared.config.model_copy(update={"out": out}))
         write_manifest(made)
-        job, _ = rollout.plan_agents(made, Capacity(4096, 8), 1)
+        job, _ = rollout.plan_agents(made, "app", Capacity(4096, 8), 1)
         return read_table(f"{out}/tasks", TASKS).to_pylist(), job.limits
 
     monkeypatch.setattr(rollout, "ray", SimpleNamespace(cluster_resources=lambda: {"CPU": 2}))

@@ -1,0 +1,323 @@
+"""The ledger: one actor that gives every trajectory its home, and the agent's side of it.
+
+Decides nothing itself (placement.py does); it keeps time, lets askers wait, and notices who is gone. It restarts empty:
+replicas then report what they hold, and agents ask again before their next call, which changes nothing where all is
+known. Replicas enforce their own budgets, so a wrong ledger costs time and never memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import Counter, defaultdict
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from actors.engine.protocol import Capacity, Engine
+from actors.errors import Fenced
+from actors.messages import Ask, Call, Forecast, Lease, Resident, Usage
+from actors.placement import Placement
+
+log = logging.getLogger(__name__)
+
+REPORT_S = 1.0
+PLACE_S = 0.005  # requests of this time are decided together
+ANSWER_S = 30.0  # an asker that nobody can serve is told to ask again, which shows that it lives
+NAMESPACE = "berth"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a replica says of itself, once a second.
+
+    Attributes:
+        pages, page_tokens: KV pages and their size; 0 for an engine without pages.
+        slots: rows that may have their home there.
+        refill_s: time to prefill the whole pool; infinite where it is not known.
+        residents: what it holds; None unless asked for.
+    """
+
+    pool: str
+    replica: str
+    pages: int
+    page_tokens: int
+    slots: int
+    refill_s: float = math.inf
+    residents: tuple[Resident, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """The answer to a report.
+
+    Attributes:
+        report: say what you hold, now.
+        end: rows that have left or whose lease is over: free their pages unless they run.
+    """
+
+    report: bool = False
+    end: tuple[str, ...] = ()
+
+
+class Ledger:
+    """Use as an async Ray actor.
+
+    Args:
+        pools: name → pages of one replica where that is known before any has started; small pools first.
+        lease_s: a lease that nobody renews for so long ends.
+        dead_s: a replica that has not reported for so long is gone.
+        settle_s: after a restart, how long replicas have to report before anybody is given a new home.
+    """
+
+    def __init__(
+        self,
+        pools: Mapping[str, int | None],
+        *,
+        lease_s: float = 900.0,
+        dead_s: float = 15.0,
+        settle_s: float = 3.0,
+        aging_s: float = 300.0,
+    ):
+        self.core = Placement(pools, lease_s=lease_s, aging_s=aging_s)
+        self.dead_s = dead_s
+        self.heard: dict[str, tuple[str, float]] = {}
+        self.homes: dict[str, str] = {}
+        self.orders: defaultdict[str, list[str]] = defaultdict(list)
+        self.waiting: dict[str, asyncio.Future[None]] = {}
+        restarted = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
+        self.settled_s = time.monotonic() + (settle_s if restarted else 0.0)
+        self._soon: asyncio.TimerHandle | None = None
+        self._watching: asyncio.Task[None] | None = None
+
+    async def acquire(self, ask: Ask) -> Lease | None:
+        """The lease of a trajectory, as soon as there is room for it; None: ask again.
+
+        Raises:
+            Fenced: a higher attempt has taken the row over.
+        """
+        lease = self.core.ask(ask, time.monotonic())
+        if lease is None:
+            self._place_soon()
+            waiting = self.waiting.get(ask.row_id)
+            if waiting is None:
+                waiting = self.waiting[ask.row_id] = asyncio.get_running_loop().create_future()
+            await asyncio.wait([waiting], timeout=ANSWER_S)
+            lease = self.core.lease(ask.row_id)
+            if lease is not None and lease.attempt > ask.attempt:
+                raise Fenced(f"attempt {lease.attempt} of {ask.row_id} has taken over from {ask.attempt}")
+        if lease is not None and lease.replica is not None:
+            before = self.homes.get(ask.row_id, lease.replica)
+            if before != lease.replica:
+                self.orders[before].append(ask.row_id)
+            self.homes[ask.row_id] = lease.replica
+        return lease
+
+    async def replied(self, row_id: str, attempt: int, tokens: int) -> None:
+        """A call is answered: the row holds so many tokens and waits for its tool."""
+        self.core.replied(row_id, attempt, tokens, time.monotonic())
+        self._place_soon()
+
+    async def end(self, row_id: str, attempt: int) -> None:
+        """A trajectory is over."""
+        self.core.end(row_id, attempt)
+        if row_id not in self.core.where:
+            self.homes.pop(row_id, None)
+        self._place_soon()
+
+    async def report(self, report: Report) -> Orders:
+        """A replica lives."""
+        now_s = time.monotonic()
+        self.heard[report.replica] = (report.pool, now_s)
+        new = self.core.replica_up(
+            report.pool, report.replica, report.pages, report.page_tokens, report.slots, report.refill_s
+        )
+        if report.residents is not None:
+            self.core.adopt(report.pool, report.replica, report.residents, now_s)
+            for one in report.residents:
+                self.homes.setdefault(one.row_id, report.replica)
+        self._place_soon()
+        return Orders(new and report.residents is None, tuple(self.orders.pop(report.replica, ())))
+
+    async def state(self) -> dict[str, Any]:
+        """What is leased now: leases in all, and pages charged and rows by replica."""
+        charged: dict[str, float] = {}
+        rows: dict[str, int] = {}
+        for pool in self.core.pools.values():
+            for replica, r in pool.index.items():
+                charged[replica] = float(pool.charged[r, 0, 0]) / 256 + float(pool.shared[r])
+                rows[replica] = int(pool.residents[r])
+        return {"leases": len(self.core.where), "charged_pages": charged, "rows": rows, "homes": dict(self.homes)}
+
+    def _place_soon(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._watching is None:
+            self._watching = loop.create_task(self._watch())
+        if self._soon is None and any(pool.queued for pool in self.core.pools.values()):
+            self._soon = loop.call_later(max(PLACE_S, self.settled_s - time.monotonic()), self._place)
+
+    def _place(self) -> None:
+        self._soon = None
+        for row_id in self.core.place(time.monotonic()):
+            waiting = self.waiting.pop(row_id, None)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(None)
+
+    async def _watch(self) -> None:
+        """Once a second: what has expired, who has died."""
+        while True:
+            await asyncio.sleep(1.0)
+            now_s = time.monotonic()
+            for replica, (pool, heard_s) in list(self.heard.items()):
+                if now_s - heard_s > self.dead_s:
+                    del self.heard[replica]
+                    self.orders.pop(replica, None)
+                    self.core.pools[pool].replica_down(replica)
+            for row_id, home in self.core.expire(now_s):
+                self.homes.pop(row_id, None)
+                self.waiting.pop(row_id, None)
+                if home is not None:
+                    self.orders[home].append(row_id)
+            self._place_soon()
+
+
+def start(name: str, pools: Mapping[str, int | None], **options: float) -> Any:
+    """Start the actor under a name that replicas and agents find it by; it restarts as often as it dies."""
+    actor: Any = ray.remote(Ledger)
+    return actor.options(
+        name=name, namespace=NAMESPACE, num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=100_000
+    ).remote(pools, **options)
+
+
+def find(name: str) -> Any:
+    """The actor of this name."""
+    return ray.get_actor(name, namespace=NAMESPACE)
+
+
+class Leased:
+    """A trajectory's side: asks before each call, says what came of it, ends.
+
+    Args:
+        ledger: the actor.
+    """
+
+    def __init__(self, ledger: Any, row_id: str, suite: str):
+        self.ledger, self.row_id, self.suite = ledger, row_id, suite
+        self.home: str | None = None
+        self.avoid: str | None = None
+        self.attempt = 0
+
+    async def acquire(self, attempt: int, forecast: Forecast, tokens: int, pool: str | None = None) -> Lease:
+        """Wait for a home for a transcript of `tokens`; renews the lease that there is.
+
+        Raises:
+            Fenced: a higher attempt has taken the row over.
+        """
+        self.attempt = attempt
+        ask = Ask(self.row_id, attempt, self.suite, forecast, tokens, self.home, self.avoid, pool)
+        while (lease := await self.ledger.acquire.remote(ask)) is None:
+            pass
+        return lease
+
+    def answered(self, tokens: int, replica: str) -> None:
+        """A replica has answered; the trajectory holds so many tokens now."""
+        self.home, self.avoid = replica, None
+        self.ledger.replied.remote(self.row_id, self.attempt, tokens)
+
+    def failed(self, replica: str | None) -> None:
+        """The call died; the next attempt is to go elsewhere."""
+        self.home, self.avoid = None, replica
+
+    async def end(self) -> None:
+        """Give the lease back."""
+        await self.ledger.end.remote(self.row_id, self.attempt)
+
+
+class Reporter:
+    """A replica's side: counts what it holds, reports once a second, frees what it is told to.
+
+    Args:
+        ledger: the actor's name.
+        pool: the pool that the replica belongs to.
+        replica: the replica's id.
+        engine: whose sizes are reported and whose rows are ended.
+    """
+
+    def __init__(self, ledger: str, pool: str, replica: str, engine: Engine):
+        self.ledger, self.pool, self.replica, self.engine = ledger, pool, replica, engine
+        self.residents: dict[str, Resident] = {}
+        self.running: Counter[str] = Counter()
+        self.prefilled, self.prefill_s = 0, 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Report from now on; called on the replica's event loop, as often as one likes."""
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    @contextmanager
+    def call(self, call: Call) -> Generator[None]:
+        """A call runs."""
+        self.residents[call.row_id] = Resident(call.row_id, call.suite, len(call.token_ids))
+        self.running[call.row_id] += 1
+        try:
+            yield
+        finally:
+            self.running[call.row_id] -= 1
+            if not self.running[call.row_id]:
+                del self.running[call.row_id]
+
+    def answered(self, call: Call, usage: Usage) -> None:
+        """A call was answered."""
+        tokens = usage.prompt_tokens + usage.generated
+        if call.row_id in self.residents:
+            self.residents[call.row_id] = Resident(call.row_id, call.suite, tokens)
+        self.prefilled += usage.prefilled
+        self.prefill_s += usage.prefill_s
+
+    def end(self, row_id: str) -> None:
+        """A row is over."""
+        self.residents.pop(row_id, None)
+
+    def report(self, *, all_residents: bool = False) -> Report:
+        """What to say now."""
+        sizes = self.engine.capacity()
+        known = self.prefilled >= 10_000 and self.prefill_s > 0
+        return Report(
+            pool=self.pool,
+            replica=self.replica,
+            pages=sizes.pages_total,
+            page_tokens=sizes.page_tokens,
+            slots=slots(sizes),
+            refill_s=sizes.pages_total * sizes.page_tokens * self.prefill_s / self.prefilled if known else math.inf,
+            residents=tuple(self.residents.values()) if all_residents else None,
+        )
+
+    async def _run(self) -> None:
+        ask_all = False
+        while True:
+            try:
+                orders: Orders = await find(self.ledger).report.remote(self.report(all_residents=ask_all))
+            except (RayError, ValueError) as e:  # the ledger restarts, or is not there yet
+                log.info("no ledger: %s", e)
+                await asyncio.sleep(REPORT_S)
+                continue
+            for row_id in orders.end:
+                if row_id not in self.running:
+                    self.engine.end(row_id)
+                    self.end(row_id)
+            ask_all = orders.report
+            if not ask_all:
+                await asyncio.sleep(REPORT_S)
+
+
+def slots(sizes: Capacity) -> int:
+    """Rows that may have their home at a replica: with pages, memory is the bound and this only keeps the number
+    finite (three rows wait for tools while one runs); without, a quarter more than run at once."""
+    return 4 * sizes.max_batch if sizes.page_tokens else -(-5 * sizes.max_batch // 4)

@@ -1,0 +1,675 @@
+"""Where trajectories go: leases of predicted KV pages on replicas. Pure: no Ray, no clock, no I/O; time is an argument.
+
+A replica takes one more trajectory where P(pages of its residents > its pool) ≤ 1 % at every step ahead. The pages
+of a resident h steps ahead are a random variable: what it will have grown to, or nothing if it has ended by then, as
+its forecast says, conditioned on its tokens so far. Its first three cumulants add up over residents, and the sum's
+quantile comes from them (Cornish and Fisher 1938). LightLLM's peak formula (Gong et al. 2025, "past-future scheduler",
+§3) looks ahead the same way with one number for each request; ours keeps the spread. Steps are the clock: a row that
+waits for its tool does not step, so it stands still.
+
+Knows nothing of engines, agents and transports. Not thread-safe.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.errors import Fenced
+from actors.messages import FORECAST_LEVELS, Ask, Forecast, Lease, Resident
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+HORIZONS = np.array([0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32], np.float64)  # steps ahead
+SIGMAS = 2.6  # 1 % for the largest of the horizons together, measured; one alone would need 2.33
+_UNIT = 256  # cumulants are integers of 1/256, so that what is charged and released cancels exactly
+_STEPS_OF_PRIOR = 2.0  # a row's own growth counts as much as its forecast's after this many steps
+LEVELS = (0.0, *FORECAST_LEVELS)
+"""Probabilities of `quantiles_of`."""
+_LEVELS = np.array(LEVELS)
+
+
+def quantiles_of(forecast: Forecast) -> tuple[float, ...]:
+    """Peak tokens at LEVELS: none has fewer than its prompt."""
+    return (forecast.prompt_tokens, *forecast.quantile_tokens)
+
+
+def survival(tokens_BH: Floats, quantiles_BK: Floats) -> Floats:
+    """P(peak > tokens) under peaks with these quantiles at LEVELS, linear between them."""
+    above_BH = (tokens_BH[:, :, None] >= quantiles_BK[:, None, :]).sum(2)
+    last = quantiles_BK.shape[1] - 1
+    low_BH = np.clip(above_BH - 1, 0, last - 1)
+    left_BH, right_BH = np.take_along_axis(quantiles_BK, low_BH, 1), np.take_along_axis(quantiles_BK, low_BH + 1, 1)
+    part_BH = np.clip((tokens_BH - left_BH) / np.maximum(right_BH - left_BH, 1e-9), 0.0, 1.0)
+    p_BH = _LEVELS[low_BH]
+    cdf_BH = np.where(above_BH == 0, 0.0, p_BH + part_BH * (_LEVELS[low_BH + 1] - p_BH))
+    return 1.0 - cdf_BH
+
+
+def demand(
+    tokens_B: Floats, growth_B: Floats, quantiles_BK: Floats, shared_pages_B: Floats, page_tokens: int
+) -> NDArray[np.int64]:
+    """Cumulants of the pages that rows of `tokens` have at each horizon, [B, 3, H] in 1/256 pages.
+
+    Args:
+        tokens_B: transcript now.
+        growth_B: tokens a step.
+        quantiles_BK: of the peak, before any of it was seen.
+        shared_pages_B: pages of it that are counted elsewhere.
+        page_tokens: tokens a page.
+    """
+    step_B1 = growth_B[:, None]
+    size_BH = tokens_B[:, None] + step_B1 * HORIZONS
+    # A row is there to the end of its last step: half a step is the correction for counting in steps.
+    reach_BH = np.maximum(tokens_B[:, None], size_BH - step_B1 / 2)
+    alive_BH = survival(reach_BH, quantiles_BK)
+    known_B1 = alive_BH[:, :1]
+    # Past all that was forecast it may end at any step.
+    alive_BH = np.where(known_B1 > 1e-6, alive_BH / np.maximum(known_B1, 1e-6), 0.5**HORIZONS)
+    pages_BH = np.maximum(np.ceil(size_BH / page_tokens) - shared_pages_B[:, None], 1.0)
+    left_BH = 1.0 - alive_BH
+    first = pages_BH * alive_BH
+    second = pages_BH * first * left_BH
+    third = pages_BH * second * (left_BH - alive_BH)
+    return np.rint(np.stack([first, second, third], 1) * _UNIT).astype(np.int64)
+
+
+def needed(cumulants: NDArray[np.int64]) -> Any:
+    """Pages that [..., 3, H] summed cumulants exceed with a probability of 1 %."""
+    first, second, third = cumulants[..., 0, :], cumulants[..., 1, :], cumulants[..., 2, :]
+    skew = (SIGMAS**2 - 1) / 6 * np.maximum(third, 0) / np.maximum(second, 1)
+    return (first / _UNIT + SIGMAS * np.sqrt(second / _UNIT) + skew).max(-1)
+
+
+def keeps(waited_s: Floats, past_waits_s: Floats, refill_s: Floats | float) -> NDArray[np.bool_]:
+    """Whether the pages of rows that have waited this long for their tool are worth keeping under pressure.
+
+    Keeping f of a pool for t seconds costs f·t of its replica's time, computing them again f·refill: the size cancels,
+    and pages are kept while the wait still to come is below the time to prefill a whole pool. What is to come is the
+    mean of what was left in past waits that lasted longer; where fewer than 8 did, as long again as it has been.
+
+    Args:
+        waited_s: so far.
+        past_waits_s: ascending.
+        refill_s: pool tokens over prefill tokens a second.
+    """
+    longer = len(past_waits_s) - np.searchsorted(past_waits_s, waited_s, "right")
+    sums = np.append(np.cumsum(past_waits_s[::-1])[::-1], 0.0)
+    to_come_s = sums[len(past_waits_s) - longer] / np.maximum(longer, 1) - waited_s
+    return np.where(longer < 8, waited_s, to_come_s) <= refill_s
+
+
+class Pool:
+    """The replicas of one deployment and the rows that are, or want to be, resident on them.
+
+    Rows and replicas are indices into arrays, so that a decision costs a few numpy calls whatever their number. Rows
+    wait in one heap a suite: twice the size goes first, unless it asked `aging_s` later. A head that fits nowhere lets
+    the next `LOOK_PAST` pass until it has waited `aging_s`; then the roomiest replica is held for it. Suites take turns
+    by the pages they were given; one that can't be served may fall behind by `LEAD` of all pages, then the others wait.
+
+    Args:
+        page_tokens: tokens a page; 0: engines without pages, one slot a row.
+        lease_s: a lease that nobody has renewed for so long ends.
+    """
+
+    LOOK_PAST = 4
+    LEAD = 0.05
+
+    def __init__(self, name: str, page_tokens: int, *, lease_s: float = 900.0, aging_s: float = 300.0):
+        self.name, self.page_tokens, self.lease_s, self.aging_s = name, page_tokens, lease_s, aging_s
+        # replicas
+        self.replica_ids: list[str | None] = []
+        self.index: dict[str, int] = {}
+        self.pages = np.zeros(0)
+        self.slots = np.zeros(0, np.int64)
+        self.refill_s = np.zeros(0)
+        self.shared = np.zeros(0)
+        self.residents = np.zeros(0, np.int64)
+        self.is_held = np.zeros(0, np.bool_)
+        self.charged = np.zeros((0, 3, len(HORIZONS)), np.int64)
+        self.room = np.zeros(0)  # pages left under the bound; -1 where closed
+        # prompts that rows have in common: (suite, tokens) → index into refs
+        self.prefixes: dict[tuple[str, int], int] = {}
+        self.prefix_pages = np.zeros(0)
+        self.refs = np.zeros((0, 0), np.int64)
+        # rows
+        self.slot: dict[str, int] = {}
+        self.row_id: list[str | None] = []
+        self.attempt: list[int] = []
+        self.suite: list[str] = []
+        self.avoid: list[int] = []
+        self.ticket: list[int] = []  # of its entry in a heap; 0 where it does not wait
+        self._free: list[int] = []
+        self.home = np.zeros(0, np.int64)  # -1 without one
+        self.prefix = np.zeros(0, np.int64)
+        self.tokens, self.prompt, self.growth = np.zeros(0), np.zeros(0), np.zeros(0)
+        self.steps = np.zeros(0)
+        self.quantiles = np.zeros((0, len(LEVELS)))
+        self.cumulants = np.zeros((0, 3, len(HORIZONS)), np.int64)
+        self.deadline_s, self.asked_s = np.zeros(0), np.zeros(0)
+        self.waiting_since_s = np.zeros(0)  # for its tool; inf while it computes
+        self.parked = np.zeros(0, np.bool_)
+        # queues
+        self._heaps: dict[str, list[tuple[float, int, int]]] = {}
+        self._tickets = count(1)
+        self.queued = 0
+        self.served: dict[str, float] = {}
+        self.held: dict[int, int] = {}  # row → replica
+        self.past_waits: dict[str, list[float]] = {}
+        self._swept_s = 0.0
+
+    # --- replicas
+
+    @property
+    def largest(self) -> float:
+        """Pages of the largest live replica."""
+        return float(self.pages.max(initial=0.0))
+
+    def replica_up(self, replica: str, pages: int, slots: int, refill_s: float = np.inf) -> None:
+        """A replica joins, or says its sizes again."""
+        r = self.index.get(replica)
+        if r is None:
+            r = self.replica_ids.index(None) if None in self.replica_ids else self._grow_replicas()
+            self.replica_ids[r], self.index[replica] = replica, r
+            self.shared[r] = self.residents[r] = 0
+            self.charged[r] = self.refs[:, r] = 0
+        self.pages[r], self.slots[r], self.refill_s[r] = pages if self.page_tokens else slots, slots, refill_s
+        self._refresh(r)
+
+    def set_page_tokens(self, page_tokens: int) -> None:
+        """The page size that the first replica reports; no row has a home yet."""
+        if page_tokens == self.page_tokens:
+            return
+        self.page_tokens = page_tokens
+        for (_, shared_tokens), p in self.prefixes.items():
+            self.prefix_pages[p] = shared_tokens // page_tokens if page_tokens else 0
+        self.measure(np.array(sorted(self.slot.values()), np.int64))
+
+    def _grow_replicas(self) -> int:
+        r = len(self.replica_ids)
+        more = max(8, r)
+        self.replica_ids += [None] * more
+        for name in ("pages", "slots", "refill_s", "shared", "residents", "is_held", "charged", "room"):
+            old = getattr(self, name)
+            setattr(self, name, np.concatenate([old, np.zeros((more, *old.shape[1:]), old.dtype)]))
+        self.room[r:] = -1
+        self.refs = np.concatenate([self.refs, np.zeros((len(self.refs), more), np.int64)], 1)
+        return r
+
+    def replica_down(self, replica: str) -> None:
+        """A replica is gone: its rows queue for a new home, with the age they have."""
+        r = self.index.pop(replica, None)
+        if r is None:
+            return
+        rows = np.flatnonzero(self.home == r)
+        self.replica_ids[r] = None
+        self.pages[r], self.slots[r], self.room[r] = 0, 0, -1
+        self.held = {row: held for row, held in self.held.items() if held != r}
+        self.is_held[r] = False
+        for row in rows.tolist():
+            self._uncharge(row)
+            self._enqueue(row)
+
+    def _refresh(self, replicas: Any) -> None:
+        """Recompute the room of these replicas (an index or an array of them)."""
+        room = self.pages[replicas] - self.shared[replicas] - needed(self.charged[replicas])
+        free = (self.residents[replicas] < self.slots[replicas]) & ~self.is_held[replicas]
+        self.room[replicas] = np.where(free, room, -1.0)
+
+    # --- rows
+
+    def _new_row(self, row_id: str | None, attempt: int, suite: str, now_s: float) -> int:
+        if not self._free:
+            size = len(self.row_id)
+            more = max(64, size)
+            for name in ("home", "prefix", "tokens", "prompt", "growth", "steps", "quantiles", "cumulants"):
+                old = getattr(self, name)
+                setattr(self, name, np.concatenate([old, np.zeros((more, *old.shape[1:]), old.dtype)]))
+            for name in ("deadline_s", "asked_s", "waiting_since_s", "parked"):
+                old = getattr(self, name)
+                setattr(self, name, np.concatenate([old, np.zeros(more, old.dtype)]))
+            self.home[size:] = -1
+            self.deadline_s[size:] = np.inf
+            self.waiting_since_s[size:] = np.inf
+            self.row_id += [None] * more
+            self.suite += [""] * more
+            for each in (self.attempt, self.avoid, self.ticket):
+                each += [0] * more
+            self._free = list(range(size + more - 1, size - 1, -1))
+        row = self._free.pop()
+        self.row_id[row], self.attempt[row], self.suite[row], self.avoid[row] = row_id, attempt, suite, -1
+        self.steps[row], self.asked_s[row], self.deadline_s[row] = 0, now_s, now_s + self.lease_s
+        if row_id is not None:
+            self.slot[row_id] = row
+        return row
+
+    def _prefix(self, suite: str, shared_tokens: int) -> int:
+        key = (suite, shared_tokens)
+        if key not in self.prefixes:
+            self.prefixes[key] = len(self.prefixes)
+            pages = shared_tokens // self.page_tokens if self.page_tokens else 0
+            self.prefix_pages = np.append(self.prefix_pages, float(pages))
+            self.refs = np.concatenate([self.refs, np.zeros((1, len(self.replica_ids)), np.int64)])
+        return self.prefixes[key]
+
+    def take(self, suite: str, number: int, now_s: float) -> Ints:
+        """Indices for rows without an id (a simulation's)."""
+        return np.array([self._new_row(None, 1, suite, now_s) for _ in range(number)], np.int64)
+
+    def add(self, rows: Ints, suite: str, forecasts: Sequence[Forecast]) -> None:
+        """Queue rows of one suite."""
+        self._set(rows, suite, forecasts)
+        for row in rows.tolist():
+            self._enqueue(row)
+
+    def _set(self, rows: Ints, suite: str, forecasts: Sequence[Forecast]) -> None:
+        """What rows know before their first call."""
+        self.prompt[rows] = self.tokens[rows] = [f.prompt_tokens for f in forecasts]
+        self.quantiles[rows] = [quantiles_of(f) for f in forecasts]
+        grown = [max(1.0, f.p50_tokens - f.prompt_tokens) / max(1.0, f.p50_steps) for f in forecasts]
+        self.growth[rows] = grown
+        self.prefix[rows] = [self._prefix(suite, f.shared_tokens) for f in forecasts]
+        self.measure(rows)
+
+    def measure(self, rows: Ints) -> None:
+        """Set the cumulants of rows from what is known of them."""
+        if not self.page_tokens:
+            self.cumulants[rows] = 0
+            self.cumulants[rows, 0] = _UNIT
+            return
+        grown = self.tokens[rows] - self.prompt[rows]
+        growth = (_STEPS_OF_PRIOR * self.growth[rows] + grown) / (_STEPS_OF_PRIOR + self.steps[rows])
+        shared = self.prefix_pages[self.prefix[rows]]
+        self.cumulants[rows] = demand(
+            self.tokens[rows], np.maximum(growth, 1.0), self.quantiles[rows], shared, self.page_tokens
+        )
+
+    def advance(self, rows: Ints, tokens: Floats, steps: int = 0) -> None:
+        """Rows hold so many tokens now and have made so many more steps."""
+        self.steps[rows] += steps
+        self.tokens[rows] = tokens
+        here = rows[self.home[rows] >= 0]
+        homes = self.home[here]
+        before = self.cumulants[here]
+        self.measure(rows)
+        np.add.at(self.charged, homes, self.cumulants[here] - before)
+        self._refresh(np.unique(homes))
+
+    def release(self, rows: Iterable[int]) -> None:
+        """Rows are over."""
+        for row in rows:
+            self._uncharge(row)
+            self._dequeue(row)
+            row_id = self.row_id[row]
+            if row_id is not None:
+                del self.slot[row_id]
+            self.row_id[row] = None
+            self.deadline_s[row] = self.waiting_since_s[row] = np.inf
+            self.parked[row] = False
+            self._free.append(row)
+
+    def _charge(self, row: int, r: int) -> None:
+        p = self.prefix[row]
+        self.home[row] = r
+        if not self.refs[p, r]:
+            self.shared[r] += self.prefix_pages[p]
+        self.refs[p, r] += 1
+        self.residents[r] += 1
+        self.charged[r] += self.cumulants[row]
+        self.parked[row] = False
+        self._refresh(r)
+
+    def _uncharge(self, row: int) -> None:
+        r = int(self.home[row])
+        self.home[row] = -1
+        if r < 0:
+            return
+        p = self.prefix[row]
+        self.refs[p, r] -= 1
+        if not self.refs[p, r]:
+            self.shared[r] -= self.prefix_pages[p]
+        self.residents[r] -= 1
+        self.charged[r] -= self.cumulants[row]
+        if self.replica_ids[r] is not None:
+            self._refresh(r)
+
+    # --- queues
+
+    def _enqueue(self, row: int) -> None:
+        suite, size = self.suite[row], float(self.cumulants[row, 0].max())
+        heap = self._heaps.setdefault(suite, [])
+        if not heap:  # no credit for the time in which it asked for nothing
+            busy = [self.served[name] for name, other in self._heaps.items() if other and name in self.served]
+            self.served[suite] = max(self.served.get(suite, 0.0), min(busy, default=0.0))
+        self.ticket[row] = next(self._tickets)
+        self.queued += 1
+        heapq.heappush(heap, (self.asked_s[row] / self.aging_s - np.log2(size), self.ticket[row], row))
+
+    def _dequeue(self, row: int) -> None:
+        """Its entry stays in the heap, outdated."""
+        self.queued -= self.ticket[row] > 0
+        self.ticket[row] = 0
+        if (r := self.held.pop(row, None)) is not None:
+            self.is_held[r] = False
+            self._refresh(r)
+
+    def place(self, now_s: float) -> list[int]:
+        """Give homes to waiting rows while any fits; the rows."""
+        granted: list[int] = []
+        if not self.queued or not self.index:
+            return granted
+        lead = self.LEAD * float(self.pages.sum())
+        parked = False
+        while self.queued:
+            for heap in self._heaps.values():
+                while heap and self.ticket[heap[0][2]] != heap[0][1]:
+                    heapq.heappop(heap)
+            order = sorted((name for name, heap in self._heaps.items() if heap), key=self.served.__getitem__)
+            found = None
+            for suite in order:
+                if self.served[suite] > self.served[order[0]] + lead:
+                    break
+                found = self._next(self._heaps[suite], now_s)
+                if found:
+                    break
+            if found:
+                row, r = found
+                self._dequeue(row)
+                self._charge(row, r)
+                self.served[self.suite[row]] += float(self.cumulants[row, 0].max()) / _UNIT
+                granted.append(row)
+            elif parked or not self._park(now_s):
+                break
+            else:
+                parked = True
+        return granted
+
+    def _next(self, heap: list[tuple[float, int, int]], now_s: float) -> tuple[int, int] | None:
+        """The first row of a heap that fits somewhere, and where."""
+        passed: list[tuple[float, int, int]] = []
+        found = None
+        while heap and len(passed) <= self.LOOK_PAST and found is None:
+            entry = heapq.heappop(heap)
+            if self.ticket[entry[2]] != entry[1]:
+                continue
+            passed.append(entry)
+            row = entry[2]
+            r = self._fit(row)
+            if r is not None:
+                found = (row, r)
+            elif len(passed) == 1 and row not in self.held and now_s - self.asked_s[row] > self.aging_s:
+                self._hold(row)
+        for entry in passed:
+            heapq.heappush(heap, entry)
+        return found
+
+    def _hold(self, row: int) -> None:
+        """Keep the roomiest replica that could ever take the row free for it."""
+        could = self.pages - self.prefix_pages[self.prefix[row]] >= needed(self.cumulants[row])
+        if not could.any():
+            could = self.pages == self.pages.max(initial=0.0)
+        r = int(np.where(could, self.room, -2.0).argmax())
+        if self.replica_ids[r] is not None and not self.is_held[r]:
+            self.held[row], self.is_held[r], self.room[r] = r, True, -1.0
+
+    def _fit(self, row: int) -> int | None:
+        """The replica with the most room, if it takes the row; then the next three."""
+        p = int(self.prefix[row])
+        room = self.room - self.prefix_pages[p] * (self.refs[p] == 0)
+        own = self.cumulants[row]
+        least = own[0, 0] / _UNIT
+        if (r := self.held.get(row)) is not None and (self._takes(r, row) or not self.residents[r]):
+            return r
+        for _ in range(4):
+            r = int(room.argmax())
+            if room[r] < least:
+                break
+            if r != self.avoid[row] and self._takes(r, row):
+                return r
+            room[r] = -1.0
+        # Larger than any pool allows: alone on the largest.
+        if needed(own) + self.prefix_pages[p] > (top := self.largest):
+            alone = np.flatnonzero((self.pages == top) & (self.residents == 0) & (self.room >= 0))
+            return int(alone[0]) if len(alone) else None
+        return None
+
+    def _takes(self, r: int, row: int) -> bool:
+        if self.residents[r] >= self.slots[r]:
+            return False
+        p = self.prefix[row]
+        limit = self.pages[r] - self.shared[r] - (0 if self.refs[p, r] else self.prefix_pages[p])
+        return bool(needed(self.charged[r] + self.cumulants[row]) <= limit)
+
+    # --- waits
+
+    def _park(self, now_s: float) -> bool:
+        """Give up the pages of rows whose tool takes too long, where others want them; at most once a second.
+
+        The engine evicts the pages that were used least recently, which are these.
+        """
+        if now_s < self._swept_s + 1.0:
+            return False
+        self._swept_s = now_s
+        rows = np.flatnonzero((self.waiting_since_s < now_s) & (self.home >= 0))
+        refill_s = self.refill_s[self.home[rows]]
+        waited_s = now_s - self.waiting_since_s[rows]
+        found = False
+        for suite in {self.suite[row] for row in rows[waited_s > 0.1 * refill_s].tolist()}:
+            mine = np.array([self.suite[row] == suite for row in rows.tolist()])
+            past = np.sort(np.array(self.past_waits.get(suite, ())))
+            for row in rows[mine][~keeps(waited_s[mine], past, refill_s[mine])].tolist():
+                self._uncharge(row)
+                self.parked[row] = found = True
+        return found
+
+    def waits(self, rows: Ints, now_s: float) -> None:
+        """Rows have their answer and wait for their tool."""
+        self.waiting_since_s[rows] = now_s
+
+    def resume(self, rows: Ints, now_s: float) -> None:
+        """Rows are back from their tool; one that was parked queues for a home, with the age it has."""
+        since_s = self.waiting_since_s[rows]
+        for row, waited_s in zip(rows.tolist(), (now_s - since_s).tolist(), strict=True):
+            if waited_s >= 0:
+                past = self.past_waits.setdefault(self.suite[row], [])
+                past.append(waited_s)
+                del past[:-512]
+        self.waiting_since_s[rows] = np.inf
+        for row in rows[self.parked[rows]].tolist():
+            self.parked[row] = False
+            self._enqueue(row)
+
+    # --- one row by its id
+
+    def ask(self, ask: Ask, now_s: float) -> str | None:
+        """The home of a row: as it is, adopted, or None where it waits for one.
+
+        Raises:
+            Fenced: a higher attempt of the row has asked.
+        """
+        row = self.slot.get(ask.row_id)
+        asked_s, home = now_s, self.index.get(ask.home or "")
+        if row is not None and ask.attempt < self.attempt[row]:
+            raise Fenced(f"attempt {self.attempt[row]} of {ask.row_id} has taken over from {ask.attempt}")
+        avoid = self.index.get(ask.avoid or "", -1)
+        if row is not None and ask.attempt > self.attempt[row]:  # it inherits its place: in the queue, or at home
+            asked_s, before = float(self.asked_s[row]), int(self.home[row])
+            home = before if home is None and before not in (-1, avoid) else home
+            self.release([row])
+            row = None
+        if row is None:
+            row = self._new_row(ask.row_id, ask.attempt, ask.suite, asked_s)
+            one = np.array([row])
+            self._set(one, ask.suite, [ask.forecast])
+            self.avoid[row] = avoid
+            # How many steps it took to here was forgotten.
+            self.steps[row] = max(0.0, ask.tokens - self.prompt[row]) / self.growth[row]
+            self.advance(one, np.array([float(ask.tokens)]))
+            if home is None:
+                self._enqueue(row)
+            else:
+                self._charge(row, home)
+        else:
+            one = np.array([row])
+            if home is not None and self.home[row] not in (-1, home):
+                self._uncharge(row)
+                self._charge(row, home)
+            self.advance(one, np.array([float(ask.tokens)]))
+            self.resume(one, now_s)
+        self.deadline_s[row] = now_s + self.lease_s
+        return self.home_of(ask.row_id)
+
+    def home_of(self, row_id: str) -> str | None:
+        """The replica of a row; None where it has none."""
+        row = self.slot.get(row_id)
+        return None if row is None or self.home[row] < 0 else self.replica_ids[self.home[row]]
+
+    def replied(self, row_id: str, attempt: int, tokens: int, now_s: float) -> None:
+        """A row's call is answered: it holds so many tokens and waits for its tool."""
+        row = self.slot.get(row_id)
+        if row is not None and self.attempt[row] == attempt:
+            one = np.array([row])
+            self.advance(one, np.array([float(tokens)]), 1)
+            self.waits(one, now_s)
+            self.deadline_s[row] = now_s + self.lease_s
+
+    def end(self, row_id: str, attempt: int) -> None:
+        """A row is over, unless a higher attempt has taken it over."""
+        row = self.slot.get(row_id)
+        if row is not None and attempt >= self.attempt[row]:
+            self.release([row])
+
+    def adopt(self, replica: str, residents: Iterable[Resident], now_s: float) -> None:
+        """What a replica says it holds: rows that nobody has asked for yet stand still until somebody does."""
+        for one in residents:
+            known = self.slot.get(one.row_id)
+            if known is not None and self.ticket[known]:  # its agent was here first
+                self._dequeue(known)
+                self._charge(known, self.index[replica])
+            if known is not None or replica not in self.index:
+                continue
+            row = self._new_row(one.row_id, 0, one.suite, now_s)
+            rows = np.array([row])
+            still = Forecast(one.tokens, 0, one.tokens, one.tokens, (one.tokens,) * len(FORECAST_LEVELS), 1)
+            self._set(rows, one.suite, [still])
+            self.cumulants[row, 0] = self.cumulants[row, 0, 0]
+            self.cumulants[row, 1:] = 0
+            self._charge(row, self.index[replica])
+
+    def expire(self, now_s: float) -> list[tuple[str, str | None]]:
+        """End the leases that nobody has renewed; (row, its home)."""
+        rows = np.flatnonzero(self.deadline_s <= now_s).tolist()
+        gone = [(self.row_id[row], self.home_of(self.row_id[row] or "")) for row in rows]
+        self.release(rows)
+        return [(row_id, home) for row_id, home in gone if row_id is not None]
+
+
+class Placement:
+    """All pools: which one a row goes to, and its lease there.
+
+    Args:
+        pools: name → pages of one replica where that is known before any has started; small pools first.
+    """
+
+    PROVISIONAL = 8
+
+    def __init__(self, pools: Mapping[str, int | None], *, lease_s: float = 900.0, aging_s: float = 300.0):
+        self.declared = dict(pools)
+        self.pools = {name: Pool(name, 256, lease_s=lease_s, aging_s=aging_s) for name in pools}
+        self.where: dict[str, tuple[Pool, bool]] = {}
+        self._provisional: dict[str, set[str]] = {name: set() for name in pools}
+
+    def replica_up(
+        self, pool: str, replica: str, pages: int, page_tokens: int, slots: int, refill_s: float = np.inf
+    ) -> bool:
+        """A replica reports; True where it was not known and is to say what it holds."""
+        new = replica not in self.pools[pool].index
+        if new and not self.pools[pool].index:
+            self.pools[pool].set_page_tokens(page_tokens)
+        self.pools[pool].replica_up(replica, pages, slots, refill_s)
+        return new
+
+    def ask(self, ask: Ask, now_s: float) -> Lease | None:
+        """The lease of a row; None: it waits for one, ask again after `place`.
+
+        Raises:
+            Fenced: a higher attempt of the row has asked.
+        """
+        old = self.where.get(ask.row_id)
+        pool, fits = old or self._choose(ask.forecast)
+        if ask.pool is not None and ask.pool != pool.name:
+            if old:
+                pool.end(ask.row_id, ask.attempt)
+            pool, fits = self.pools[ask.pool], True
+        self.where[ask.row_id] = pool, fits
+        pool.ask(ask, now_s)
+        lease = self.lease(ask.row_id)
+        return lease if lease is None or lease.replica else replace(lease, replica=ask.home)
+
+    def _choose(self, forecast: Forecast) -> tuple[Pool, bool]:
+        """The first pool with a replica that the row alone does not outgrow, in 99 of 100 cases; else the largest."""
+        tokens = float(np.interp(0.99, LEVELS, quantiles_of(forecast)))
+        sizes = {name: pool.largest or self.declared[name] or 0 for name, pool in self.pools.items()}
+        for name, pool in self.pools.items():
+            if not pool.page_tokens or -(-tokens // pool.page_tokens) <= sizes[name]:
+                return pool, True
+        return self.pools[max(sizes, key=sizes.__getitem__)], False
+
+    def lease(self, row_id: str) -> Lease | None:
+        """The lease of a row as it stands; a provisional one where the pool is to be started."""
+        if row_id not in self.where:
+            return None
+        pool, fits = self.where[row_id]
+        row, home, early = pool.slot[row_id], pool.home_of(row_id), self._provisional[pool.name]
+        if home is None and not pool.index and (row_id in early or len(early) < self.PROVISIONAL):
+            early.add(row_id)
+        elif home is None:
+            return None
+        else:
+            early.discard(row_id)
+        return Lease(row_id, pool.attempt[row], pool.name, home, fits)
+
+    def replied(self, row_id: str, attempt: int, tokens: int, now_s: float) -> None:
+        """See `Pool.replied`."""
+        if row_id in self.where:
+            self.where[row_id][0].replied(row_id, attempt, tokens, now_s)
+
+    def end(self, row_id: str, attempt: int) -> None:
+        """A row is over, unless a higher attempt has taken it over."""
+        if row_id in self.where:
+            pool = self.where[row_id][0]
+            pool.end(row_id, attempt)
+            self._forget(pool, row_id)
+
+    def _forget(self, pool: Pool, row_id: str) -> None:
+        if row_id not in pool.slot:
+            del self.where[row_id]
+            self._provisional[pool.name].discard(row_id)
+
+    def adopt(self, pool: str, replica: str, residents: Iterable[Resident], now_s: float) -> None:
+        """See `Pool.adopt`."""
+        strays = [one for one in residents if self.where.get(one.row_id, (self.pools[pool],))[0] is self.pools[pool]]
+        self.pools[pool].adopt(replica, strays, now_s)
+        for one in strays:
+            self.where.setdefault(one.row_id, (self.pools[pool], True))
+
+    def expire(self, now_s: float) -> list[tuple[str, str | None]]:
+        """End the leases that nobody has renewed; (row, its home)."""
+        gone: list[tuple[str, str | None]] = []
+        for pool in self.pools.values():
+            for row_id, home in pool.expire(now_s):
+                self._forget(pool, row_id)
+                gone.append((row_id, home))
+        return gone
+
+    def place(self, now_s: float) -> list[str]:
+        """Give homes to waiting rows while any fits; their ids."""
+        granted = [pool.row_id[row] for pool in self.pools.values() for row in pool.place(now_s)]
+        return [row_id for row_id in granted if row_id is not None]
