@@ -50,8 +50,6 @@ class Outcome:
     recover_s: float | None = None
     failed: frozenset[str] = frozenset()
     """Rows that may fail, and must."""
-    repeats: int = 0
-    """Rows whose finished work may be computed again."""
     complete: bool = True
     problems: list[str] = field(default_factory=list)
 
@@ -231,6 +229,22 @@ def driver_50(bench: Bench) -> Outcome:
 def driver_75(bench: Bench) -> Outcome:
     """kill -9 of the driver at three quarters, then the same command."""
     return _driver(bench, 0.75)
+
+
+@fault(fast=False)
+def steps_resumed(bench: Bench) -> Outcome:
+    """kill -9 of the driver half-way under `journal: steps`: no call is made again but those under way."""
+    job = bench.start("--set", "journal=steps")
+    job.until_calls(STEPS * bench.rows // 2)
+    job.process.kill()
+    job.end()
+    calls, since = len(bench.calls()), time.monotonic()
+    again = bench.start("--set", "journal=steps")
+    found = Outcome([], bench.recovered(since, calls))
+    found.ends = [again.end()]
+    if (most := max(Counter(bench.calls()).values())) > STEPS + 1:
+        found.problems.append(f"a row's calls were made {most} times")
+    return found
 
 
 def _actor(bench: Bench, needle: str) -> Outcome:

@@ -4,8 +4,8 @@ Replicas of four sizes serve a batch job of three suites. A trajectory alternate
 its pages stay with its replica meanwhile. The engine is modelled after ours: the pages of running calls are pinned,
 those of waiting rows are cached and given up by least recent use when a call needs room, and computed again when their
 row is back; a call that finds no room waits. Prefill is a queue a replica, decode is bound by memory bandwidth. So
-every policy runs without errors, and what a wrong placement costs is prefill and queueing. An overshoot is a replica whose
-residents together need more than its pool; it is counted against admissions.
+every policy runs without errors, and what a wrong placement costs is prefill and queueing. An overshoot is a replica
+whose residents together need more than its pool; it is counted against admissions.
 
     ledger         actors.placement.Pool under forecasts learnt from 2,000 other trajectories of each suite
     no_parking     the same, but pages are kept through every wait

@@ -18,7 +18,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,9 @@ class Attempts:
         )
         generate, call_tool = self._generate, toolbox.call
         if self.job.config.journal == "steps":
+            for event in begun.events:
+                if "numerics" in event:
+                    self.replica, self.numerics = event["replica"], Numerics(**event["numerics"])
             replayed = Replayed(generate, toolbox, begun.events, self._event)
             generate, call_tool = replayed.generate, replayed.call
         try:
@@ -205,6 +208,8 @@ class Attempts:
             self.agents.end(self.task.row_id, self.replica)
 
     def _event(self, event: dict[str, Any]) -> asyncio.Future[None]:
+        if event["kind"] == "generation" and self.numerics is not None:
+            event |= {"replica": self.replica, "numerics": asdict(self.numerics)}
         return self.agents.record("event", self.task.row_id, self.attempt, event)
 
     def _session(self) -> Any:
