@@ -12,6 +12,7 @@
     │   ├── Cancelled         the sequence was ended while the request ran
     │   └── EngineDead        the engine cannot go on; its replica must be replaced
     ├── Fenced                a higher attempt of the row has taken its lease over
+    ├── NotHome               a call reached another replica than its lease's home: ask for a new one
     └── ToolError             a tool's failure: an observation for the model
         ├── ToolTimeout       ran past its limit
         └── ToolCrash         a bug in the tool or its process: recorded as infrastructure
@@ -96,6 +97,10 @@ class EngineDead(EngineError):
 
 class Fenced(BerthError):
     """A higher attempt of the row has taken its lease over; this one is to stop and record nothing."""
+
+
+class NotHome(BerthError):
+    """A call reached a replica that is not its lease's home, which is gone or not known yet; nothing was computed."""
 
 
 class ToolError(BerthError):

@@ -175,6 +175,7 @@ class Call:
         turn: when the answer ends.
         sampling: how tokens are drawn.
         suite: the trajectory's suite.
+        home: the replica that its lease names, which alone serves it; None lets any.
     """
 
     row_id: str
@@ -182,6 +183,7 @@ class Call:
     turn: Turn
     sampling: Sampling
     suite: str = ""
+    home: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

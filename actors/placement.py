@@ -518,7 +518,11 @@ class Pool:
                 self._charge(row, home)
         else:
             one = np.array([row])
-            if home is not None and self.home[row] not in (-1, home):
+            if avoid >= 0 and self.home[row] == avoid:
+                self._uncharge(row)
+                self.avoid[row] = avoid
+                self._enqueue(row)
+            elif home is not None and self.home[row] not in (-1, home):
                 self._uncharge(row)
                 self._charge(row, home)
             self.advance(one, np.array([float(ask.tokens)]))

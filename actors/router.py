@@ -1,8 +1,8 @@
 """Serve's request router that sends a call to its lease's home.
 
 A session id is `home row`, with the home's replica id as the replica names itself (`unique id@node`). A call whose home
-is gone, or not known to this process yet, goes where its session hashes to, is served there all the same (no output
-depends on the place; it costs a prefill), and the reply says where, so that the lease follows. Choosing a replica asks
+is gone, or not known to this process yet, goes where its session hashes to, and that replica refuses it (NotHome):
+served there it would take room that others were promised. Its agent then asks for another home. Choosing a replica asks
 nobody and never raises: a request whose router raises hangs.
 
 Serve's router interface is alpha in Ray 2.60; the loop that fulfils requests is that of Serve's consistent-hash router.

@@ -111,12 +111,13 @@ def test_asking_again_changes_nothing_and_a_higher_attempt_fences():
     assert not made.pools["single"].charged.any()
 
 
-def test_a_failed_home_is_avoided():
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_a_failed_home_is_avoided(attempt):
     made = placement(400, 400)
     made.ask(ask("a"), 0.0)
     made.place(0.0)
     home = made.lease("a").replica
-    made.ask(ask("a", attempt=2, avoid=home), 1.0)
+    made.ask(ask("a", attempt=attempt, avoid=home), 1.0)
     made.place(1.0)
     assert made.lease("a").replica not in (None, home)
 
