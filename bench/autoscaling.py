@@ -22,9 +22,10 @@ from typing import Any
 
 import yaml
 
-from bench.clusters import ray_cluster, script
+from bench.clusters import ray_cluster
 from bench.common import device_info, print_table, write_json
 from bench.pipeline import write_run
+from bench.scripted import script
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD, HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"

@@ -1,6 +1,5 @@
 """A Ray cluster of one's own beside whatever else runs on the machine: own ports, own folder, ended by its own pid."""
 
-import json
 import os
 import shutil
 import socket
@@ -102,8 +101,3 @@ def listening(port: int) -> bool:
     """Whether something answers on a port of this machine."""
     with socket.socket() as one:
         return one.connect_ex(("127.0.0.1", port)) == 0
-
-
-def script(**settings: object) -> dict[str, str]:
-    """Environment of the scripted engine."""
-    return {"BERTH_SCRIPT": json.dumps(settings)}

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ from ray.util.state import list_actors, list_nodes
 
 from bench.clusters import RAY, Cluster, free_ports, ray_cluster, wait_for
 from bench.common import device_info, print_table, write_json
+from bench.s3 import BUCKET, s3_server
+from bench.scripted import finished_rows, lines_in, write_suite
+from bench.scripted import script as script_of
 from pipeline.tables import filesystem
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +93,7 @@ class Bench:
         self.folder, self.cluster, self.rows = folder, cluster, rows
         self.name = ""
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
-        self.suite = self.write_suite("suite", rows)
+        self.suite = write_suite(folder / "suite", rows)
 
     @property
     def out(self) -> Path:
@@ -99,20 +102,7 @@ class Bench:
 
     def calls(self) -> list[str]:
         """Row ids of the engine's calls, in order."""
-        path = self.folder / f"calls-{self.name}"
-        return [line.split()[0] for line in path.read_text().splitlines()] if path.exists() else []
-
-    def write_suite(self, name: str, rows: int, tools: str = "[search: {corpus: corpus.jsonl}]") -> Path:
-        """A suite of `rows` questions."""
-        folder = self.folder / name
-        folder.mkdir()
-        lines = (json.dumps({"id": f"q{n}", "question": f"Question {n}?", "answer": "yes"}) for n in range(rows))
-        (folder / "rows.jsonl").write_text("\n".join(lines))
-        (folder / "corpus.jsonl").write_text('{"title": "thing 1", "text": "A thing."}\n')
-        (folder / "suite.yaml").write_text(
-            f"name: {name}\ndata: {{path: rows.jsonl}}\ntools: {tools}\nscorers: [exact_match]\n"
-        )
-        return folder
+        return [line.split()[0] for line in lines_in(self.folder / f"calls-{self.name}")]
 
     def start(self, *more: str, suite: Path | None = None, out: str | None = None, **script: Any) -> Job:
         """`berth run` on the cluster; `script` is the scripted engine's."""
@@ -125,7 +115,7 @@ class Bench:
             "pools": {"single": {"replicas": 2, "labels": LABEL}},
             "ray": {
                 "address": self.cluster.address,
-                "runtime_env": {"env_vars": {"BERTH_SCRIPT": json.dumps(settings)}},
+                "runtime_env": {"env_vars": script_of(**settings)},
             },
         }
         path = self.folder / f"run-{self.name}.json"  # JSON is YAML
@@ -166,17 +156,9 @@ class Bench:
         """Nodes as the cluster sees them."""
         return list_nodes(address=self.cluster.jobs, filters=[("state", "=", "ALIVE")], detail=True)
 
-    def rows_of(self, out: str | None = None) -> pd.DataFrame:
+    def rows_of(self) -> pd.DataFrame:
         """The run's table."""
-        return pd.read_parquet(out or self.out / "results")
-
-    def finished(self) -> set[str]:
-        """Rows that the journal holds as finished."""
-        found: set[str] = set()
-        for path in (self.out / "journal").glob("*.jsonl"):
-            records = map(json.loads, path.read_text().splitlines())
-            found |= {record["row_id"] for record in records if record["kind"] == "finish"}
-        return found
+        return pd.read_parquet(self.out / "results")
 
     def recovered(self, since: float, calls: int) -> float:
         """Seconds from `since` until the engine is called again."""
@@ -203,7 +185,7 @@ def _driver(bench: Bench, share: float) -> Outcome:
     job.until_calls(int(share * STEPS * bench.rows))
     job.process.kill()
     job.end()
-    finished, calls, since = bench.finished(), len(bench.calls()), time.monotonic()
+    finished, calls, since = finished_rows(bench.out), len(bench.calls()), time.monotonic()
     again = bench.start()
     recover_s = bench.recovered(since, calls)
     found = Outcome([again.end()], recover_s)
@@ -300,12 +282,11 @@ def node_drained(bench: Bench) -> Outcome:
     job.until_calls(STEPS * bench.rows // 3)
     name = next(iter(bench.nodes))
     mine = {p.pid for p in psutil.Process(bench.nodes[name].pid).children(recursive=True)}
-    workers = [node for node in bench.living_nodes() if not node.is_head_node]
     replicas = [pid for pid in bench.pids("ServeReplica:berth") if pid in mine]
     if not replicas:
         raise RuntimeError("no replica on the node to drain")
     actors = list_actors(address=bench.cluster.jobs, filters=[("pid", "=", replicas[0])], detail=True)
-    node_id = actors[0].node_id if actors else workers[0].node_id
+    node_id = actors[0].node_id
     reason = "DRAIN_NODE_REASON_PREEMPTION"
     options = [
         "--node-id",
@@ -385,7 +366,7 @@ def Search(entity: str, task: Task) -> str:
 @fault(fast=True, expect="complete; the row whose tool crashed failed, the others fine")
 def tools(bench: Bench) -> Outcome:
     """Tools that hang, crash and flood."""
-    suite = bench.write_suite("faulty", bench.rows, '[{use: "faulty:Search", timeout_s: 2}]')
+    suite = write_suite(bench.folder / "faulty", bench.rows, '[{use: "faulty:Search", timeout_s: 2}]')
     (suite / "faulty.py").write_text(FAULTY_TOOL)
     job = bench.start(suite=suite)
     found = Outcome([job.end()], failed=frozenset({"q2/0"}))
@@ -400,8 +381,8 @@ def tools(bench: Bench) -> Outcome:
 @fault(fast=False)
 def store_away(bench: Bench) -> Outcome:
     """The object store does not answer for 60 s."""
-    with s3_server(bench.folder) as (server, bucket):
-        out = f"{bucket}/run"
+    with s3_server(urlparse(os.environ["AWS_ENDPOINT_URL"]).port or 0) as server:
+        out = f"s3://{BUCKET}/run"
         job = bench.start(out=out)
         job.until_calls(STEPS * bench.rows // 3)
         server.send_signal(signal.SIGSTOP)
@@ -419,46 +400,18 @@ def store_away(bench: Bench) -> Outcome:
         return found
 
 
-@contextlib.contextmanager
-def s3_server(folder: Path) -> Generator[tuple[subprocess.Popen[bytes], str]]:
-    """moto's S3 server with a bucket, where the cluster's AWS_ENDPOINT_URL points."""
-    endpoint = os.environ["AWS_ENDPOINT_URL"]
-    port = urlparse(endpoint).port
-    server = subprocess.Popen(
-        [str(Path(sys.executable).parent / "moto_server"), "-p", str(port)],
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        fs, _ = filesystem("s3://berth")
-
-        def made() -> bool:
-            with contextlib.suppress(OSError):
-                fs.create_dir("berth")
-                return True
-            return False
-
-        wait_for(made, 60)
-        yield server, "s3://berth"
-    finally:
-        server.send_signal(signal.SIGCONT)
-        server.terminate()
-        server.wait()
-
-
 @fault(fast=False)
 def truncated_part(bench: Bench) -> Outcome:
     """A part of results/ is cut short after a kill -9; and another one of the finished run."""
     rows = 700  # parts have 256 rows
-    suite = bench.write_suite("large", rows)
+    suite = write_suite(bench.folder / "large", rows)
     job = bench.start(suite=suite, delay_s=0.02, max_batch=64)
     parts = bench.out / "results"
     wait_for(lambda: parts.exists() and list(parts.glob("*.parquet")), 300)
     time.sleep(1)
     job.process.kill()
     job.end()
-    finished = bench.finished()
+    finished = finished_rows(bench.out)
     _cut(next(parts.glob("*.parquet")))
     first = bench.start(suite=suite, delay_s=0.02, max_batch=64).end()
     counts = Counter(bench.calls())
@@ -521,8 +474,8 @@ def out_of_hours(bench: Bench) -> Outcome:
     """`limits.max_hours` is reached; then the command without it."""
     first = bench.start("--set", "limits.max_hours=0.001").end()
     found = Outcome()
-    if first != 3 or len(bench.finished()) >= bench.rows:
-        found.problems.append(f"ended with {first} after {len(bench.finished())} rows")
+    if first != 3 or len(finished_rows(bench.out)) >= bench.rows:
+        found.problems.append(f"ended with {first} after {len(finished_rows(bench.out))} rows")
     found.ends = [bench.start().end()]
     return found
 

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from bench.common import device_info, print_table, write_json
+from bench.scripted import script, write_suite
 
 STEPS = 3
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,12 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def write_run(folder: Path, tasks: int) -> Path:
     """A suite of `tasks` questions and its run config."""
-    rows = (json.dumps({"id": f"q{n}", "question": f"Question {n}?", "answer": "yes"}) for n in range(tasks))
-    (folder / "rows.jsonl").write_text("\n".join(rows))
-    (folder / "corpus.jsonl").write_text('{"title": "thing 1", "text": "A thing."}\n')
-    (folder / "suite.yaml").write_text(
-        "name: pipeline\ndata: {path: rows.jsonl}\ntools: [search: {corpus: corpus.jsonl}]\nscorers: [exact_match]\n"
-    )
+    write_suite(folder, tasks)
     run = folder / "run.yaml"
     run.write_text("suite: .\nout: out\nmodel: {id: smollm2-135m}\nengine: tests.scripted:build\n")
     return run
@@ -52,7 +48,7 @@ def title(process: psutil.Process) -> str:
 
 def run_job(run: Path, max_batch: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Run the job; its summary, and MiB of resident memory of the largest process of each role, sampled each 2 s."""
-    env = os.environ | {"BERTH_SCRIPT": json.dumps({"max_batch": max_batch})}
+    env = os.environ | script(max_batch=max_batch)
     argv = [sys.executable, "-m", "pipeline", "run", str(run), "--json"]
     memory: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryFile("w+") as output:

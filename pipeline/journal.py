@@ -351,7 +351,10 @@ class Journal:
 
 
 def write_whole(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
-    """Write a file that appears whole or not at all, and is on the disk when this returns."""
+    """Write a file that appears whole or not at all, and is on the disk when this returns.
+
+    Unlike the tables' writer it makes no folder: a run folder that was deleted stays deleted.
+    """
     if not isinstance(filesystem, fs.LocalFileSystem):
         with filesystem.open_output_stream(path) as stream:
             stream.write(content)

@@ -23,10 +23,9 @@ from actors.formats import check_format
 from pipeline.config import RunConfig
 from pipeline.console import Screen, duration
 from pipeline.hardware import GIB, Gpu, Shape, Work, run_seconds
-from pipeline.preflight import context_tokens, specs, transcript
+from pipeline.preflight import context_tokens, count_prompts, limits_of, specs
 from pipeline.suite import Suite, SuiteConfig, load_suite, read_rows
 
-SAMPLED_PROMPTS = 256
 CHARACTERS_TOKEN = 4
 GENERATED_SHARE = 0.5
 """Of the tokens that a step adds; the rest is observed. To be replaced by what runs teach."""
@@ -113,28 +112,21 @@ def trajectory_tokens(suite: SuiteConfig, prompt_tokens: int) -> tuple[int, int,
 
 
 def forecast(config: RunConfig, suite: Suite, tools: Sequence[Any], tokenizer: Any, model_len: int) -> Expected:
-    """The suite's trajectories; with a tokenizer the prompts of up to `SAMPLED_PROMPTS` rows are rendered."""
+    """The suite's trajectories; without a tokenizer prompts are estimated from their characters."""
     rows = read_rows(suite, config)
     if not rows.tasks:
         raise InputError("no row can be used", file=suite.data, wants="at least one")
-    tasks = [task for task in rows.tasks if not task.sample]
-    tasks = tasks[:: -(-len(tasks) // SAMPLED_PROMPTS)]
     if tokenizer is None:
         common = suite.system + suite.fewshot
-        lengths = [(len(common) + len(task.question)) // CHARACTERS_TOKEN for task in tasks]
+        lengths = [(len(common) + len(task.question)) // CHARACTERS_TOKEN for task in rows.tasks]
         shared = len(common) // CHARACTERS_TOKEN
     else:
-        prompts = [transcript(config, suite, tools, tokenizer, task).token_ids for task in tasks]
-        lengths = [len(prompt) for prompt in prompts]
-        shared = min((_common(prompts[0], prompt) for prompt in prompts[1:]), default=0)
+        counts, shared = count_prompts(config, suite, rows.tasks, tools, tokenizer)
+        lengths = list(counts.values())
     prompt = int(np.median(lengths))
     p50, p95, worst = (min(tokens, model_len) for tokens in trajectory_tokens(suite.config, prompt))
-    steps = min(suite.config.prior.steps[1], config.agent.max_steps or suite.config.limits.max_steps)
+    steps = min(suite.config.prior.steps[1], limits_of(config, suite, model_len).max_steps)
     return Expected(len(rows.tasks), prompt, shared, p50, p95, worst, steps, tokenizer is not None)
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 # --- work

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.actions import ToolSpec, fewshot_tools
+from actors.agent import Limits
 from actors.errors import InputError
 from actors.formats import Format, Prompt, check_format, fill, make_format
 from actors.messages import Task
@@ -195,6 +196,12 @@ def context_tokens(config: RunConfig, model_config: Any) -> int:
     if own is not None and wanted is not None and wanted > own:
         raise InputError("longer than the model's context", field="model.max_model_len", got=wanted, wants=f"≤ {own}")
     return wanted or own or UNBOUNDED
+
+
+def limits_of(config: RunConfig, suite: Suite, context_tokens: int) -> Limits:
+    """Limits of every trajectory of a run, on a model of so long a context."""
+    asked = suite.config.limits
+    return Limits(config.agent.max_steps or asked.max_steps, asked.trajectory_tokens, context_tokens)
 
 
 def count_prompts(

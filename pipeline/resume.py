@@ -14,10 +14,10 @@ from collections.abc import Callable, Collection
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-from pyarrow.fs import FileSelector, FileSystem
+from pyarrow.fs import FileSystem
 
 from pipeline.journal import Journal
-from pipeline.tables import ATTEMPTS, RESULTS, filesystem, read_table, write_table
+from pipeline.tables import ATTEMPTS, RESULTS, filesystem, read_table, table_files, write_table
 
 
 def reconcile(out: str, tell: Callable[[str], None]) -> set[str]:
@@ -28,7 +28,7 @@ def reconcile(out: str, tell: Callable[[str], None]) -> set[str]:
     """
     fs, folder = filesystem(f"{out}/results")
     done: set[str] = set()
-    for path in _parts(fs, folder):
+    for path in table_files(fs, folder):
         try:
             ids = pq.read_table(path, columns=["row_id"], filesystem=fs)["row_id"].to_pylist()
         except (pa.ArrowInvalid, OSError) as e:
@@ -59,7 +59,7 @@ def reopen(out: str, row_ids: Collection[str]) -> None:
     """
     asyncio.run(Journal(f"{out}/journal").reopen(list(row_ids)))
     fs, folder = filesystem(f"{out}/results")
-    for path in _parts(fs, folder):
+    for path in table_files(fs, folder):
         found = pq.read_table(path, columns=["row_id"], filesystem=fs)["row_id"].to_pylist()
         if again := set(row_ids).intersection(found):
             _drop_rows(fs, path, again)
@@ -75,7 +75,7 @@ def attempts_so_far(out: str, done: Collection[str]) -> dict[str, int]:
 def write_checkpoint(out: str, row_ids: Collection[str]) -> None:
     """Ray Data's checkpoint: the ids it is to leave out. The new one is written before old ones are removed."""
     fs, folder = filesystem(f"{out}/journal/checkpoint")
-    old = _parts(fs, folder)
+    old = table_files(fs, folder)
     fs.create_dir(folder, recursive=True)
     if row_ids:
         new = f"{folder}/results.parquet"
@@ -83,11 +83,6 @@ def write_checkpoint(out: str, row_ids: Collection[str]) -> None:
         old = [path for path in old if path != new]
     for path in old:
         fs.delete_file(path)
-
-
-def _parts(fs: FileSystem, folder: str) -> list[str]:
-    infos = fs.get_file_info(FileSelector(folder, recursive=True, allow_not_found=True))
-    return sorted(i.path for i in infos if i.is_file and i.path.endswith(".parquet") and i.base_name[0] not in "._")
 
 
 def _drop_rows(fs: FileSystem, path: str, row_ids: Collection[str]) -> None:

@@ -43,7 +43,7 @@ from pipeline import preflight
 from pipeline.batched import Batched
 from pipeline.config import Pool, ReplicaRange, RunConfig
 from pipeline.journal import Begin, Journal, Progress
-from pipeline.preflight import Prepared
+from pipeline.preflight import Prepared, limits_of
 from pipeline.suite import Suite
 from pipeline.tables import RESULTS, RunFacts, result_row, rows_to_table, task_from_row
 
@@ -470,17 +470,13 @@ def start_journal(config: RunConfig, attempts: Mapping[str, int]) -> Any:
 def plan_agents(prepared: Prepared, app: str, capacity: Capacity, replicas: int) -> tuple[Job, int]:
     """The job and the number of agent actors: enough trajectories at once to keep every replica's batch full
     while a quarter of them wait for tools."""
-    config, limits = prepared.config, prepared.suite.config.limits
+    config = prepared.config
     agents = max(1, min(8, int(ray.cluster_resources().get("CPU", 1)) // 8))
     job = Job(
         config=config,
         suite=prepared.suite,
         facts=prepared.facts,
-        limits=Limits(
-            max_steps=config.agent.max_steps or limits.max_steps,
-            trajectory_tokens=limits.trajectory_tokens,
-            context_tokens=capacity.max_model_len,
-        ),
+        limits=limits_of(config, prepared.suite, capacity.max_model_len),
         app=app,
         pool=serving_pool(config)[0],
         concurrent=max(1, -(-replicas * capacity.max_batch * 5 // (4 * agents))),

@@ -25,7 +25,6 @@ from typing import Any
 import pyarrow as pa
 from pyarrow.fs import FileSelector, FileType
 
-from actors.agent import Limits
 from actors.errors import Incomplete, InputError, RunConflict
 from pipeline import __version__
 from pipeline.config import RunConfig, dump
@@ -33,7 +32,7 @@ from pipeline.console import Screen, duration, eta
 from pipeline.footprint import Forecaster, order
 from pipeline.journal import Progress
 from pipeline.lock import locked
-from pipeline.preflight import Prepared, identity
+from pipeline.preflight import Prepared, identity, limits_of
 from pipeline.report import summarize, write_report
 from pipeline.resume import attempts_so_far, failed_rows, reconcile, reopen, write_checkpoint
 from pipeline.tables import (
@@ -183,11 +182,7 @@ def forecaster(prepared: Prepared) -> Forecaster:
 def untaught(prepared: Prepared) -> Forecaster:
     """A forecaster that knows the suite's prior and limits, and no row yet."""
     suite = prepared.suite.config
-    limits = Limits(
-        max_steps=prepared.config.agent.max_steps or suite.limits.max_steps,
-        trajectory_tokens=suite.limits.trajectory_tokens,
-        context_tokens=prepared.model_len,
-    )
+    limits = limits_of(prepared.config, prepared.suite, prepared.model_len)
     return Forecaster(limits, prepared.shared_tokens, suite.prior, suite.report_by)
 
 
@@ -212,6 +207,7 @@ def roll_out(prepared: Prepared, info: dict[str, Any], screen: Screen) -> None:
     keeper: Any = None
     with exit_on_signal(screen):  # again: Ray has put its own handlers in
         try:
+            # Again: writers of a killed run on the cluster may have ended one more part by now.
             done = reconcile(config.out, lambda said: screen.line("damaged", said))
             write_checkpoint(config.out, done)
             journal = rollout.start_journal(config, attempts_so_far(config.out, done))

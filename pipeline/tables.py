@@ -330,12 +330,16 @@ def filesystem(uri: str | Path) -> tuple[pafs.FileSystem, str]:
 def open_table(folder: str | Path, schema: pa.Schema) -> ds.Dataset:
     """The Parquet files below `folder` as a dataset of `schema`; no files where the folder is absent.
 
-    Hidden files (leading `.` or `_`: being written) are not seen. A column that a file lacks is null.
+    A column that a file lacks is null.
     """
     fs, path = filesystem(folder)
-    found = fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
-    files = [info.path for info in found if info.is_file and _is_table(posixpath.relpath(info.path, path))]
-    return ds.dataset(sorted(files), schema=schema, format="parquet", filesystem=fs)
+    return ds.dataset(table_files(fs, path), schema=schema, format="parquet", filesystem=fs)
+
+
+def table_files(fs: pafs.FileSystem, folder: str) -> list[str]:
+    """The Parquet files below `folder`, sorted; hidden ones (leading `.` or `_`: being written) are not seen."""
+    found = fs.get_file_info(pafs.FileSelector(folder, recursive=True, allow_not_found=True))
+    return sorted(info.path for info in found if info.is_file and _is_table(posixpath.relpath(info.path, folder)))
 
 
 def _is_table(relative: str) -> bool:

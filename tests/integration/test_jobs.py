@@ -9,8 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from bench.clusters import Cluster, ray_cluster, script, wait_for
-from tests.integration.test_run import ROOT, count_suite, finished_rows, lines_in
+from bench.clusters import Cluster, ray_cluster, wait_for
+from bench.scripted import finished_rows, lines_in, script, write_suite
+from tests.integration.test_run import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 ROWS = 300
@@ -47,7 +48,7 @@ def actors(cluster: Cluster) -> str:
 
 
 def test_a_job_is_submitted_watched_stopped_and_submitted_again(cluster, calls, tmp_path):
-    suite, out = count_suite(tmp_path, ROWS), tmp_path / "out"
+    suite, out = write_suite(tmp_path / "suite", ROWS), tmp_path / "out"
 
     bad = submit(cluster, "bad", out, "--set", "limt=3")
     assert bad.returncode == 1

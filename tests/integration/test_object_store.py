@@ -2,26 +2,24 @@
 
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
-from pathlib import Path
 
 import pandas as pd
 import pytest
 from pyarrow import fs
 
 from actors.errors import InputError, RunConflict
-from bench.clusters import wait_for
+from bench.clusters import free_ports, wait_for
+from bench.s3 import BUCKET, program, s3_server
+from bench.scripted import lines_in, write_suite
 from pipeline import lock
 from pipeline.lock import locked
 from pipeline.tables import RESULTS, read_bytes, read_table
-from tests.integration.test_run import ROOT, command, count_suite, lines_in, run
+from tests.integration.test_run import ROOT, command, run
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -29,25 +27,11 @@ pytestmark = pytest.mark.timeout(1200)
 @pytest.fixture(scope="module")
 def server():
     """Address of an S3 server."""
-    program = shutil.which("moto_server", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if program is None:
+    if program() is None:
         pytest.skip("moto is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    argv = [program, "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        address = f"http://127.0.0.1:{port}"
-
-        def up() -> bool:
-            try:
-                return urllib.request.urlopen(address, timeout=5).status == 200
-            except OSError:
-                return False
-
-        wait_for(up, 60)
-        yield address
-        process.terminate()
+    [port] = free_ports(1)
+    with s3_server(port):
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture
@@ -60,8 +44,7 @@ def out(server, monkeypatch, request):
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
-    urllib.request.urlopen(urllib.request.Request(f"{server}/berth", method="PUT"), timeout=5).close()
-    return f"s3://berth/{request.node.name}"
+    return f"s3://{BUCKET}/{request.node.name}"
 
 
 def files_of(out: str) -> dict[str, tuple[int, int]]:
@@ -110,7 +93,7 @@ def test_a_run_in_a_bucket_completes_and_its_repetition_changes_nothing(out):
 
 @pytest.mark.slow
 def test_kill_9_in_the_middle_of_a_run_in_a_bucket(out, tmp_path):
-    suite, calls = count_suite(tmp_path, 300), tmp_path / "calls"
+    suite, calls = write_suite(tmp_path / "suite", 300), tmp_path / "calls"
     script = {"delay_s": 0.5, "max_batch": 8, "count": str(calls)}
     argv = command(out, "--set", f"suite={suite}")
     env = os.environ | {"BERTH_SCRIPT": json.dumps(script)}

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from bench.clusters import wait_for
+from bench.scripted import finished_rows, lines_in, write_suite
 
 pytestmark = pytest.mark.timeout(1200)  # a busy machine takes minutes to start Ray
 ROOT = Path(__file__).parents[2]
@@ -35,20 +36,6 @@ def rows_of(out: Path) -> pd.DataFrame:
     return pd.read_parquet(out / "results")
 
 
-def count_suite(tmp_path: Path, rows: int) -> Path:
-    """A suite without tools' cost and with this many rows."""
-    folder = tmp_path / "suite"
-    folder.mkdir()
-    lines = [json.dumps({"id": f"q{n}", "question": f"Question number {n}?", "answer": "yes"}) for n in range(rows)]
-    (folder / "rows.jsonl").write_text("\n".join(lines))
-    corpus = [json.dumps({"title": f"thing {n}", "text": f"Thing {n} is a thing."}) for n in range(3)]
-    (folder / "corpus.jsonl").write_text("\n".join(corpus))
-    (folder / "suite.yaml").write_text(
-        "name: count\ndata: {path: rows.jsonl}\ntools: [search: {corpus: corpus.jsonl}]\nscorers: [exact_match]\n"
-    )
-    return folder
-
-
 def children(pid: int, needle: str) -> list[psutil.Process]:
     """Ray processes below `pid` whose title holds `needle`."""
     found = []
@@ -59,10 +46,6 @@ def children(pid: int, needle: str) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
-
-
-def lines_in(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def test_a_run_completes_and_its_repetition_changes_nothing(tmp_path):
@@ -96,7 +79,7 @@ def test_a_run_completes_and_its_repetition_changes_nothing(tmp_path):
     ["driver", pytest.param("agent", marks=pytest.mark.slow), pytest.param("replica", marks=pytest.mark.slow)],
 )
 def test_kill_9_in_the_middle_loses_nothing_and_repeats_nothing(tmp_path, victim):
-    suite, out, calls = count_suite(tmp_path, 120), tmp_path / "out", tmp_path / "calls"
+    suite, out, calls = write_suite(tmp_path / "suite", 120), tmp_path / "out", tmp_path / "calls"
     script = {"delay_s": 0.3, "max_batch": 8, "count": str(calls)}
     argv = command(out, "--set", f"suite={suite}")
     env = os.environ | {"BERTH_SCRIPT": json.dumps(script)}
@@ -128,15 +111,6 @@ def test_kill_9_in_the_middle_loses_nothing_and_repeats_nothing(tmp_path, victim
     assert sum(count > 3 for count in repeated.values()) <= 20, "more than what was in flight was repeated"
     attempts = pd.read_parquet(out / "attempts")
     assert (attempts["outcome"] == "ok").sum() == 120
-
-
-def finished_rows(out: Path) -> set[str]:
-    """Rows that the journal holds as finished."""
-    found = set()
-    for path in (out / "journal").glob("*.jsonl"):
-        records = map(json.loads, path.read_text().splitlines())
-        found |= {record["row_id"] for record in records if record["kind"] == "finish"}
-    return found
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):

@@ -12,7 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors.engine.loader import load_tokenizer
-from tests.integration.test_run import ROOT, children, command, finished_rows, rows_of, run, wait_for
+from bench.clusters import wait_for
+from bench.scripted import finished_rows
+from tests.integration.test_run import ROOT, children, command, rows_of, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 GANG = ["--set", "pools={sharded: {tensor_parallel_size: 2, replicas: 1}}"]

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from actors.errors import InputError
 from actors.formats import Action, Format, Prompt, ToolSpec, check_format, make_format
 from actors.messages import Task
-from actors.stopping import TurnMatcher
 from actors.toolcalls import HERMES, LLAMA, MISTRAL, Syntax, string_end, syntax_of
+from tests.unit.test_formats import say
 
 LIMITS = {"thought": 40, "action": 40, "answer": 16}
 
@@ -151,16 +151,6 @@ def new(tokenizer: Any, question: str = "Who?", name: str = "tool_calling", **mo
     return make_format(
         name, tokenizer, Prompt("Use tools.", "", "{question}"), TOOLS, LIMITS, more.get("reasoning"), history, asked
     )
-
-
-def say(transcript: Format, tokenizer: Any, text: str, reason: str | None = None) -> Action | None:
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    matcher = TurnMatcher(transcript.turn(), tokenizer)
-    for k, token in enumerate(ids):
-        if matcher([token]):
-            ids = ids[: k + 1]
-            break
-    return transcript.read(ids, reason or matcher.reason or "stop")
 
 
 CALL = '{"name": "search", "arguments": {"entity": "X"}}'

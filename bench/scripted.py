@@ -1,0 +1,45 @@
+"""Runs without a model: a suite of any size, settings of the scripted engine, what the journal of a run holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+SEARCH = "[search: {corpus: corpus.jsonl}]"
+
+
+def write_suite(folder: Path, rows: int, tools: str = SEARCH) -> Path:
+    """A suite of `rows` questions `q0`, `q1`, … with a small corpus; its folder.
+
+    Args:
+        folder: made where it is absent.
+        tools: suite.yaml's `tools`, in YAML.
+    """
+    folder.mkdir(exist_ok=True)
+    lines = (json.dumps({"id": f"q{n}", "question": f"Question number {n}?", "answer": "yes"}) for n in range(rows))
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    corpus = (json.dumps({"title": f"thing {n}", "text": f"Thing {n} is a thing."}) for n in range(3))
+    (folder / "corpus.jsonl").write_text("\n".join(corpus))
+    (folder / "suite.yaml").write_text(
+        f"name: scripted\ndata: {{path: rows.jsonl}}\ntools: {tools}\nscorers: [exact_match]\n"
+    )
+    return folder
+
+
+def script(**settings: object) -> dict[str, str]:
+    """Environment of the scripted engine (tests/scripted.py)."""
+    return {"BERTH_SCRIPT": json.dumps(settings)}
+
+
+def finished_rows(out: Path) -> set[str]:
+    """Rows that the journal of a run folder holds as finished."""
+    found: set[str] = set()
+    for path in (out / "journal").glob("*.jsonl"):
+        records = map(json.loads, path.read_text().splitlines())
+        found |= {record["row_id"] for record in records if record["kind"] == "finish"}
+    return found
+
+
+def lines_in(path: Path) -> list[str]:
+    """The file's lines so far; none where it is absent."""
+    return path.read_text().splitlines() if path.exists() else []
