@@ -18,8 +18,8 @@ from actors.messages import Generation, Step, StopReason, Task, Trajectory, Turn
 from actors.tools import ToolResult
 
 Generate = Callable[[Sequence[int], Turn], Awaitable[Generation]]
-CallTool = Callable[[str, Mapping[str, Any]], Awaitable[ToolResult]]
-"""(name, arguments) → result; a tool's failure is a result, never raised."""
+CallTool = Callable[[str, Mapping[str, Any], int], Awaitable[ToolResult]]
+"""(name, arguments, most tokens of the observation) → result; a tool's failure is a result, never raised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +30,13 @@ class Limits:
         max_steps: steps before the answer is asked for.
         trajectory_tokens: tokens of the transcript, prompt included.
         context_tokens: the model's own bound on the same.
+        answer_tokens: of the tighter one kept free for asking for the answer: no step and no observation takes them.
     """
 
     max_steps: int
     trajectory_tokens: int
     context_tokens: int
+    answer_tokens: int
 
     @property
     def tokens(self) -> int:
@@ -99,7 +101,7 @@ class Rollout:
 
     async def _loop(self) -> Trajectory:
         for _ in range(self.limits.max_steps):
-            if not self._fits():
+            if not self._fits(self.limits.answer_tokens):
                 return await self._forced(self.limits.reason)
             step = _Tally()
             started = time.perf_counter()
@@ -123,8 +125,11 @@ class Rollout:
         self._record(action, "", step.usage, started)
         return self._end(reason, action, forced=True)
 
-    def _fits(self) -> bool:
-        return len(self.transcript.token_ids) + self.transcript.turn().max_tokens <= self.limits.tokens
+    def _fits(self, spare: int = 0) -> bool:
+        return self._room() >= self.transcript.turn().max_tokens + spare
+
+    def _room(self) -> int:
+        return self.limits.tokens - len(self.transcript.token_ids)
 
     async def _turn(self, step: _Tally) -> Action:
         """Let the model speak until its turn reads as an action."""
@@ -141,7 +146,8 @@ class Rollout:
 
     async def _act(self, action: Action) -> str:
         self.tool_calls += 1
-        result = await self.call_tool(action.tool or "", action.arguments or {})
+        room = max(0, self._room() - self.limits.answer_tokens)
+        result = await self.call_tool(action.tool or "", action.arguments or {}, room)
         self.tool_s += result.seconds
         if result.error is not None:
             self.tool_errors += 1

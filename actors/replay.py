@@ -6,6 +6,7 @@ and gets the recorded answers, until they end; then it calls the model and the t
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -56,14 +57,14 @@ class Replayed:
         )
         return found
 
-    async def call(self, name: str, arguments: Mapping[str, Any]) -> ToolResult:
+    async def call(self, name: str, arguments: Mapping[str, Any], max_tokens: int = sys.maxsize) -> ToolResult:
         """The recorded result, or that of a call."""
         tool = self._toolbox.find(name)
         repeatable = tool is None or tool.idempotent
         called = self._next("call") is not None
         if (event := self._next("tool")) is not None:
             if tool is not None and tool.stateful and tool.idempotent:
-                await self._toolbox.call(name, arguments)
+                await self._toolbox.call(name, arguments, max_tokens)
             return ToolResult(**event["result"])
         if called:
             said = INTERRUPTED.format(name)
@@ -71,7 +72,7 @@ class Replayed:
         else:
             if not repeatable:
                 await self._record({"kind": "call"})
-            result = await self._toolbox.call(name, arguments)
+            result = await self._toolbox.call(name, arguments, max_tokens)
         recorded = self._record({"kind": "tool", "result": asdict(result)})
         if not repeatable:
             await recorded

@@ -20,14 +20,14 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from actors.agent import Limits, Rollout
+from actors.agent import Rollout
 from actors.engine import Engine, EngineSpec, Request, build
 from actors.engine.loader import stop_token_ids
 from actors.messages import Generation, Sampling, Task, Trajectory, Turn
 from actors.stopping import TurnMatcher
 from actors.tools import Toolbox, ToolThreads
 from pipeline.config import load_run
-from pipeline.preflight import Prepared, prepare, transcript
+from pipeline.preflight import Prepared, limits_of, prepare, transcript
 from pipeline.scoring import score
 from pipeline.tables import RESULTS, read_results, result_row, rows_to_table, write_table
 
@@ -51,8 +51,7 @@ async def roll(prepared: Prepared, engine: Engine, task: Task, threads: ToolThre
         ids = tokenizer.encode(text, add_special_tokens=False)
         return text if len(ids) <= max_tokens else tokenizer.decode(ids[:max_tokens])
 
-    bounds = prepared.suite.config.limits
-    limits = Limits(config.agent.max_steps or bounds.max_steps, bounds.trajectory_tokens, prepared.model_len)
+    limits = limits_of(config, prepared.suite, prepared.model_len)
     toolbox = Toolbox(prepared.tools, task, cut, threads)
     prompt = transcript(config, prepared.suite, prepared.tools, tokenizer, task)
     try:

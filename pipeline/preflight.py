@@ -27,6 +27,8 @@ from pipeline.tables import RunFacts
 
 UNBOUNDED = 1 << 20
 """Tokens of context for models that name no bound."""
+ASK_TOKENS = 96
+"""Of the words that ask for the answer, and of what a template puts around them and around an observation."""
 SHOWN = 8
 """Prompts that are rendered to find what all have in common."""
 
@@ -201,7 +203,8 @@ def context_tokens(config: RunConfig, model_config: Any) -> int:
 def limits_of(config: RunConfig, suite: Suite, context_tokens: int) -> Limits:
     """Limits of every trajectory of a run, on a model of so long a context."""
     asked = suite.config.limits
-    return Limits(config.agent.max_steps or asked.max_steps, asked.trajectory_tokens, context_tokens)
+    answer_tokens = config.agent.max_tokens.answer + ASK_TOKENS
+    return Limits(config.agent.max_steps or asked.max_steps, asked.trajectory_tokens, context_tokens, answer_tokens)
 
 
 def count_prompts(
@@ -231,19 +234,19 @@ def _check_context(
     model_len: int,
     prompt_tokens: Mapping[str, int],
 ) -> None:
-    """Every prompt leaves room for one turn. Only prompts near the bound are rendered to be sure."""
-    bound = min(model_len, suite.config.limits.trajectory_tokens)
-    name = "the model's context" if model_len <= suite.config.limits.trajectory_tokens else "limits.trajectory_tokens"
-    empty = transcript(config, suite, tools, tokenizer, rows.tasks[0])
-    room = bound - empty.turn().max_tokens
+    """Every prompt leaves room for a turn and the answer. Only prompts near the bound are rendered to be sure."""
+    limits = limits_of(config, suite, model_len)
+    name = "the model's context" if limits.reason == "context_limit" else "limits.trajectory_tokens"
+    turn = transcript(config, suite, tools, tokenizer, rows.tasks[0]).turn().max_tokens
+    room = limits.tokens - turn - limits.answer_tokens
     for task in rows.tasks:
         if task.sample or prompt_tokens[task.task_id] + 64 < room:
             continue
         prompt = transcript(config, suite, tools, tokenizer, task)
-        if prompt.prompt_tokens + prompt.turn().max_tokens > bound:
+        if prompt.prompt_tokens > room:
             raise InputError(
-                f"the prompt has {prompt.prompt_tokens:,} tokens, a turn may take {prompt.turn().max_tokens:,}; "
-                f"{name} is {bound:,}",
+                f"the prompt has {prompt.prompt_tokens:,} tokens, a turn may take {turn:,}, "
+                f"asking for the answer {limits.answer_tokens:,}; {name} is {limits.tokens:,}",
                 file=suite.data,
                 field=f"row {task.task_id}",
                 wants="a shorter prompt, or a higher bound",

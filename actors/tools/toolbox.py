@@ -11,6 +11,7 @@ import inspect
 import logging
 import os
 import re
+import sys
 import threading
 import time
 import traceback
@@ -136,13 +137,17 @@ class Toolbox:
         """The tool of this name (without case)."""
         return self._tools.get(name.strip().casefold())
 
-    async def call(self, name: str, arguments: Mapping[str, Any]) -> ToolResult:
-        """Call a tool by name (without case). Never raises for a tool's failure; see ToolResult."""
+    async def call(self, name: str, arguments: Mapping[str, Any], max_tokens: int = sys.maxsize) -> ToolResult:
+        """Call a tool by name (without case). Never raises for a tool's failure; see ToolResult.
+
+        Args:
+            max_tokens: of the observation; the tool's own limit if that is lower.
+        """
         start = time.perf_counter()
         tool = self.find(name)
         if tool is None:
             names = ", ".join(tool.name for tool in self._tools.values())
-            text = self._bounded(f"There is no tool {name!r}. Tools: {names or 'none'}.", 64, ())
+            text = self._bounded(f"There is no tool {name!r}. Tools: {names or 'none'}.", min(64, max_tokens), ())
             return ToolResult(text, time.perf_counter() - start, error=text)
         error: str | None = None
         crashed = False
@@ -159,7 +164,7 @@ class Toolbox:
                 error += f" ({frames[-1].filename}:{frames[-1].lineno})"
         except ToolError as e:
             observation = error = str(e)
-        observation = self._bounded(observation, tool.max_tokens, tool.env)
+        observation = self._bounded(observation, min(tool.max_tokens, max_tokens), tool.env)
         if error is not None:
             error = self._bounded(error, 512, tool.env)
         return ToolResult(observation, time.perf_counter() - start, error, crashed)

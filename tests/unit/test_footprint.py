@@ -30,7 +30,7 @@ from pipeline.tables import (
     write_table,
 )
 
-LIMITS = Limits(max_steps=8, trajectory_tokens=2048, context_tokens=4096)
+LIMITS = Limits(max_steps=8, trajectory_tokens=2048, context_tokens=4096, answer_tokens=160)
 PRIOR = PriorConfig(steps=(2, 4, 6), tokens_per_step=(35, 55, 90))
 FACTS = RunFacts("s", 1, "d", "p", None, "t", "exact_match@1")
 NUMERICS = Numerics("paged", "sdpa", "float32", "float32", "float32", 1, "commit", False)
