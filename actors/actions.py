@@ -102,8 +102,14 @@ class Reading:
 FINISH = ToolSpec(
     "finish",
     "Give the final answer and end the task.",
-    {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]},
+    {
+        "type": "object",
+        "properties": {"answer": {"type": "string"}},
+        "required": ["answer"],
+        "additionalProperties": False,
+    },
 )
+"""Finish[answer]: the agent obeys it, no tool runs."""
 
 
 class Actions:

@@ -32,7 +32,7 @@ class ModelConfig(Part):
 
     id: str = Field(description="HF id, folder, .gguf file, or `smollm2-135m` (the model bundled with Berth)")
     revision: str | None = Field(default=None, description="branch, tag or commit; resolved to a commit and recorded")
-    adapter: str | None = Field(default=None, description="LoRA adapter, folder or HF id, merged at load")
+    adapter: str | None = Field(default=None, description="LoRA adapter, folder or HF id[@revision], merged at load")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="auto: by hardware")
     quantization: Literal["int8"] | None = Field(default=None, description="weight quantisation")
     max_model_len: PositiveInt | None = Field(

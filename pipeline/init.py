@@ -101,8 +101,12 @@ def write_suite(name: str, data: Path) -> list[str]:
     for file, text in written.items():
         (folder / file).write_text(text, encoding="utf-8")
     shutil.copyfile(data, folder / data.name)
-    run = load_run(folder / "run.yaml")
-    read_rows(load_suite(run.suite), run)
+    try:
+        run = load_run(folder / "run.yaml")
+        read_rows(load_suite(run.suite, str(data)), run)
+    except InputError:
+        shutil.rmtree(folder)
+        raise
     return [str(folder / file) for file in (*written, data.name)]
 
 

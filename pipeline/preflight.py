@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.actions import ToolSpec, fewshot_tools
+from actors.actions import FINISH, ToolSpec, fewshot_tools
 from actors.agent import Limits
 from actors.errors import InputError
 from actors.formats import Format, Prompt, check_format, fill, make_format
 from actors.messages import Task
 from actors.tokens import codec_of
-from actors.tools import FINISH, Tool, load_tools, tools_sha
+from actors.tools import Tool, load_tools, tools_sha
 from pipeline.config import RunConfig, nearest
 from pipeline.scoring import Scorer, gold_check, load_scorers, version_of
 from pipeline.suite import Reject, Rows, Suite, load_suite, read_rows
@@ -39,7 +39,7 @@ class Prepared:
 
     Attributes:
         tokenizer: the model's.
-        model_revision: commit, or a digest of the file.
+        model_revision: commit, or a digest of the file; the adapter's behind a `+`.
         model_len: the longest context the model (or the config) allows, in tokens.
         prompt_tokens: tokens of each task's prompt, by task id.
         shared_tokens: of them the prefix that all prompts begin with.
@@ -65,7 +65,7 @@ def prepare(config: RunConfig) -> Prepared:
     Raises:
         InputError: the first thing that cannot be used, or every row that cannot (`bad_rows: stop`).
     """
-    from actors.engine.loader import load_config, load_tokenizer, resolve
+    from actors.engine.loader import load_config, load_tokenizer, pinned_adapter, resolve
 
     _check_built(config)
     suite = load_suite(config.suite, config.data)
@@ -81,7 +81,11 @@ def prepare(config: RunConfig) -> Prepared:
 
     # Weights of a repository are the replicas' business: the machine that submits may have no room for them.
     model = resolve(config.model.id, config.model.revision, weights=Path(config.model.id).expanduser().exists())
-    config = config.model_copy(update={"model": config.model.model_copy(update={"revision": model.revision})})
+    pinned, model_revision = {"revision": model.revision}, model.revision
+    if config.model.adapter is not None:
+        pinned["adapter"], revision = pinned_adapter(config.model.adapter)
+        model_revision += f"+{revision}"
+    config = config.model_copy(update={"model": config.model.model_copy(update=pinned)})
     trusted = config.model.trust_remote_code
     model_config = load_config(model.folder, trust_remote_code=trusted)
     if config.engine == "paged":
@@ -103,7 +107,7 @@ def prepare(config: RunConfig) -> Prepared:
         scorers=scorers,
         tokenizer=tokenizer,
         model_folder=model.folder,
-        model_revision=model.revision,
+        model_revision=model_revision,
         model_len=model_len,
         facts=_facts(config, suite, rows, tools, scorers, tokenizer),
         prompt_tokens=prompt_tokens,
@@ -121,7 +125,7 @@ def describe_rejects(rejects: Sequence[Reject], most: int = 20) -> str:
 
 def specs(tools: Sequence[Tool]) -> list[ToolSpec]:
     """What the model is told of the tools, Finish last."""
-    return [ToolSpec(**tool.spec) for tool in tools] + [ToolSpec(**FINISH)]
+    return [ToolSpec(**tool.spec) for tool in tools] + [FINISH]
 
 
 def transcript(config: RunConfig, suite: Suite, tools: Sequence[Tool], tokenizer: Any, task: Task) -> Format:
@@ -287,7 +291,8 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "template": facts.template_sha,
         "tools": facts.tool_sha,
         "limits": prepared.suite.config.limits.model_dump(),
-        "model": config.model.model_dump() | {"id": Path(config.model.id).name, "revision": prepared.model_revision},
+        "model": config.model.model_dump(exclude={"adapter"})
+        | {"id": Path(config.model.id).name, "revision": prepared.model_revision},
         "engine": config.engine,
         "numerics": config.numerics,
         "agent": config.agent.model_dump(),

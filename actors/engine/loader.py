@@ -97,14 +97,29 @@ def resolve(
     return _resolve_hub(id, revision, cache, "config.json", weights)
 
 
-def resolve_adapter(id: str, revision: str | None = None, cache: str | Path | None = None) -> ResolvedModel:
-    """Find a LoRA adapter: a folder with adapter_config.json, or a repository. Raises as `resolve` does."""
+def resolve_adapter(id: str, cache: str | Path | None = None) -> ResolvedModel:
+    """Find a LoRA adapter: a folder with adapter_config.json, or a repository; `@revision` behind it must hold.
+
+    Raises as `resolve` does.
+    """
+    id, revision = _adapter(id)
     path = Path(id).expanduser()
     if path.is_dir():
         return _resolve_folder(path, revision, "adapter_config.json", True)
     if id.startswith(("/", ".", "~")) or id.count("/") > 1:
         raise ModelUnavailable("no such folder", field="model.adapter", got=id)
     return _resolve_hub(id, revision, cache, "adapter_config.json", True)
+
+
+def pinned_adapter(id: str) -> tuple[str, str]:
+    """The adapter with its revision behind an `@`, so that every replica loads the same, and the revision."""
+    revision = resolve_adapter(id).revision
+    return f"{_adapter(id)[0]}@{revision}", revision
+
+
+def _adapter(id: str) -> tuple[str, str | None]:
+    name, at, revision = id.rpartition("@")
+    return (name, revision) if at and not Path(id).expanduser().is_dir() else (id, None)
 
 
 def load_config(folder: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:

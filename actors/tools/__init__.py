@@ -9,12 +9,11 @@
 Knows nothing of Ray, models, prompt formats or storage.
 """
 
-from actors.tools.declare import FINISH, Spec, Tool, declare
+from actors.tools.declare import Spec, Tool, declare
 from actors.tools.load import load_attribute, load_tools, tools_sha
 from actors.tools.toolbox import Cut, Toolbox, ToolResult, ToolThreads
 
 __all__ = [
-    "FINISH",
     "Cut",
     "Spec",
     "Tool",

@@ -29,19 +29,6 @@ class Spec(TypedDict):
     parameters: dict[str, Any]
 
 
-FINISH: Spec = {
-    "name": "finish",
-    "description": "Give the final answer and end the task.",
-    "parameters": {
-        "type": "object",
-        "properties": {"answer": {"type": "string"}},
-        "required": ["answer"],
-        "additionalProperties": False,
-    },
-}
-"""Finish[answer]: the agent obeys it, no tool runs."""
-
-
 @dataclass(frozen=True, slots=True)
 class Argument:
     """One argument that the model fills in.

@@ -251,6 +251,16 @@ def test_adapter_is_merged(tiny, adapter):
 
 
 @PEFT_IS_BEHIND
+def test_a_pinned_adapter_must_hold(tiny, adapter):
+    pinned, revision = loader.pinned_adapter(str(adapter))
+    assert loader.pinned_adapter(pinned) == (pinned, revision)
+    loader.load_model(tiny, adapter=pinned)
+    edit(adapter / "adapter_config.json", lora_alpha=3)
+    with pytest.raises(ModelUnavailable, match=f"{revision}"):
+        loader.load_model(tiny, adapter=pinned)
+
+
+@PEFT_IS_BEHIND
 def test_adapter_errors(tiny, adapter, monkeypatch):
     with pytest.raises(ModelUnavailable, match=r"adapter_config\.json"):
         loader.load_model(tiny, adapter=str(tiny))

@@ -20,7 +20,7 @@ import pytest
 
 from actors.errors import InputError, ToolCrash, ToolError
 from actors.messages import Step, Task, Trajectory
-from actors.tools import FINISH, Toolbox, ToolThreads, declare, load_attribute, load_tools, tools_sha
+from actors.tools import Toolbox, ToolThreads, declare, load_attribute, load_tools, tools_sha
 from actors.tools import load as load_module
 from actors.tools.calculator import calculator
 
@@ -121,11 +121,6 @@ def test_declaration_from_type_hints():
         "count": 4,
         "order": "down",
     }
-
-
-def test_finish_is_a_spec_only():
-    assert FINISH["name"] == "finish"
-    assert FINISH["parameters"]["required"] == ["answer"]
 
 
 def no_docstring(x: str) -> str:
