@@ -5,6 +5,7 @@ Guesses which column is what, and writes its guesses where they are easy to chan
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ SUITE = """\
 name: {name}
 version: 1                          # raise it when rows, prompt or tools change
 data: {{path: {data}}}
-fields: {{id: {id}, question: {question}, gold: {gold}, metadata: []}}
+fields: {{id: {id}, question: {question}, gold: {gold}{pattern}, metadata: []}}
 prompt: {{system: system.txt, fewshot: fewshot.txt, user: "Question: {{question}}"}}
 tools:
 {tools}
 limits: {{max_steps: 6, trajectory_tokens: 2048}}
-scorers: [exact_match, f1]          # or numeric_match, or "my_scorer:function" beside this file
-primary: exact_match
+scorers: [{scorers}]          # of exact_match, f1, numeric_match, or "my_scorer:function" beside this file
+primary: {primary}
 """
 
 RUN = """\
@@ -79,6 +80,8 @@ def write_suite(name: str, data: Path) -> list[str]:
         raise InputError("no rows", file=str(data), wants="at least one")
     question, gold = _pick(first, QUESTIONS, data, "question"), _pick(first, GOLDS, data, "answer")
     paragraphs = "paragraphs" if isinstance(first.get("paragraphs"), list) else None
+    worked = re.search(r"####[ \t]*\S+\s*$", str(first[gold]))  # a solution with its number at the end, as in GSM8K
+    primary = "numeric_match" if worked or _is_number(first[gold]) else "exact_match"
     tools = f"  - search: {{paragraphs: {paragraphs}}}" if paragraphs else "  - calculator: {}"
     fewshot = FEWSHOT_SEARCH if paragraphs else FEWSHOT_CALCULATOR
     actions = (
@@ -91,7 +94,10 @@ def write_suite(name: str, data: Path) -> list[str]:
             id=next((one for one in IDS if one in first), "null"),
             question=question,
             gold=gold,
+            pattern=', gold_pattern: "####\\\\s*(.+)$"' if worked else "",
             tools=tools,
+            scorers=f"{primary}, f1" if primary == "exact_match" else primary,
+            primary=primary,
         ),
         "run.yaml": RUN.format(name=folder.name),
         "system.txt": SYSTEM.format(actions=actions),
@@ -108,6 +114,14 @@ def write_suite(name: str, data: Path) -> list[str]:
         shutil.rmtree(folder)
         raise
     return [str(folder / file) for file in (*written, data.name)]
+
+
+def _is_number(gold: Any) -> bool:
+    try:
+        float(str(gold).replace(",", ""))
+    except ValueError:
+        return False
+    return True
 
 
 def _pick(row: dict[str, Any], names: tuple[str, ...], file: Path, what: str) -> str:

@@ -11,6 +11,7 @@ from pipeline.preflight import prepare
 
 PARAGRAPH = {"title": "Ankor", "text": "Ankor is a port."}
 FILES = {
+    "worked.jsonl": json.dumps({"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}),
     "plain.jsonl": json.dumps({"question": "How many?", "answer": "4"}),
     "named.jsonl": json.dumps({"QID": "x", "Query": "Which port?", "Target": "Ankor"}),
     "own.jsonl": json.dumps({"question": "Which port?", "answer": "Ankor", "paragraphs": [PARAGRAPH]}),
@@ -26,6 +27,7 @@ def test_what_it_writes_passes_every_check(tmp_path, name):
     prepared = prepare(load_run(tmp_path / "acme" / "run.yaml"))
     assert [task.gold[0] for task in prepared.rows.tasks] in (["4"], ["Ankor"])
     assert not prepared.rows.rejects
+    assert prepared.suite.primary == ("exact_match" if name in ("named.jsonl", "own.jsonl") else "numeric_match")
 
 
 @pytest.mark.parametrize(
