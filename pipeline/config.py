@@ -154,6 +154,9 @@ class RunConfig(Part):
     seed: int = Field(default=0, ge=0, description="every row's seed derives from it")
     model: ModelConfig = Field(description="which model")
     engine: str = Field(default="paged", description="paged, reference, or module:factory")
+    speculation: Literal["auto", "on", "off"] = Field(
+        default="auto", description="guess tokens from the row's own text and check them; auto: where it is faster"
+    )
     numerics: Literal["fast", "invariant"] = Field(
         default="fast", description="invariant: same row, same tokens, always"
     )

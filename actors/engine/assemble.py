@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 MAX_BATCH = {"cuda": 256, "cpu": 16}
 MAX_PREFILL_TOKENS = {"cuda": 8192, "cpu": 512}
+DECODE_TOKENS_ROW = {"cuda": 1, "cpu": 4}
+"""Tokens of a decode step for each row of the largest batch, guesses included: no more than CUDA graphs replay."""
 CPU_POOL_FRACTION = 0.25
 OTHERS_BYTES = 256 << 20
 """What another process may take without being waited for."""
@@ -81,6 +83,7 @@ def build(spec: EngineSpec) -> PagedEngine:
         max_prefill_tokens=spec.max_prefill_tokens,
         pages=spec.kv_pages,
         invariant=spec.numerics == "invariant",
+        speculation=spec.speculation,
         budget_fraction=spec.budget_fraction * (spec.gpu_memory_fraction or 1.0),
         gang=gang,
     )
@@ -98,6 +101,7 @@ def over_model(
     page_tokens: int = PAGE_TOKENS,
     invariant: bool = False,
     graphs: bool = True,
+    speculation: str = "auto",
     budget_fraction: float = 0.9,
     gang: Gang | None = None,
 ) -> PagedEngine:
@@ -109,6 +113,7 @@ def over_model(
         max_batch, max_prefill_tokens: None takes MAX_BATCH, MAX_PREFILL_TOKENS by device.
         pages: KV pages, the scratch page included; None takes what the budget leaves.
         invariant: same row, same tokens, whatever else runs; float32 only.
+        speculation: on, off or auto, see `EngineSpec`.
         budget_fraction: share of the GPU's memory to use.
         gang: this rank's seat, the model being its part (see `shard.split`). Ranks other than 0 do not return: they
             serve until rank 0's engine is closed, then raise SystemExit.
@@ -121,6 +126,7 @@ def over_model(
     length = max_model_len or getattr(model.config, "max_position_embeddings", None) or 1 << 17
     batch = max_batch or MAX_BATCH[device.type]
     prefill = max_prefill_tokens or MAX_PREFILL_TOKENS[device.type]
+    guesses = speculation == "on" or (speculation == "auto" and device.type == "cpu")
     kv = KVCache(kv_shapes(model.config, tp), 2, page_tokens, dtype, device)
     check_numbers(chosen, kv, model.config)
     kind: Any = Runner if gang is None else partial(ShardedRunner, gang=gang)
@@ -163,6 +169,7 @@ def over_model(
         max_model_len=length,
         max_batch=batch,
         max_prefill_tokens=prefill,
+        max_decode_tokens=batch * DECODE_TOKENS_ROW[device.type] if guesses else 0,
         numerics=Numerics("paged", chosen, name, name, name, tp, revision, reproducible=invariant),
         kv_bytes_token=kv.bytes_token * tp,
         memory=memory,

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from itertools import islice
 from queue import Empty, SimpleQueue
 
 from actors.engine.pages import PageAllocator
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 _WAIT_S = 0.25
 _EVENTS = (
     "oom_prefill oom_decode errors prefill_halved batch_halved waits graph_drops pool_shrinks culprits preemptions "
-    "evictions"
+    "evictions drafted kept"
 )
 
 
@@ -38,6 +39,8 @@ class PagedEngine:
     and leaves with `OutOfMemory` if it still fails; then the bounds are as before. After `grow_after` good steps halved
     bounds double again, up to the limit. Rows over a halved batch are preempted: they come back to their cached pages.
 
+    A decode step that fails is repeated without guesses first, and nothing is guessed until bounds are as before.
+
     A step that fails otherwise is halved in the same way until the row that fails alone leaves with `EngineError`. A
     dead CUDA context, or a pool that cannot be allocated again, fails everything with `EngineDead`.
 
@@ -48,6 +51,7 @@ class PagedEngine:
         max_model_len: longest context in tokens, prompt and generation together.
         max_batch: rows that run together.
         max_prefill_tokens: tokens of a prefill step.
+        max_decode_tokens: tokens of a decode step, guesses included (see `drafts`); 0: nothing is guessed.
         numerics: what stands on every row.
         kv_bytes_token: KV bytes of one token.
         memory: what was predicted and measured at the start; kept as `memory`.
@@ -71,6 +75,7 @@ class PagedEngine:
         max_model_len: int,
         max_batch: int,
         max_prefill_tokens: int,
+        max_decode_tokens: int = 0,
         numerics: Numerics,
         kv_bytes_token: int = 0,
         memory: MemoryReport | None = None,
@@ -92,13 +97,14 @@ class PagedEngine:
             policy=numerics.kv_dtype,
             max_batch=max_batch,
             max_prefill_tokens=max_prefill_tokens,
+            max_decode_tokens=max_decode_tokens,
             max_model_len=max_model_len,
         )
         self._runner: Runner | None = runner
         self._kv_bytes_page = kv_bytes_token * page_tokens
         self._kv_bytes_token = kv_bytes_token
         self._first_pages, self._page_tokens = num_pages, page_tokens
-        self._limits = (max_prefill_tokens, max_batch)
+        self._limits = (max_prefill_tokens, max_batch, max_decode_tokens)
         self._min_prefill_tokens = min(min_prefill_tokens, max_prefill_tokens)
         self._grow_after = grow_after
         self._oom_errors, self._drop_caches, self._on_dead, self._clock = oom_errors, drop_caches, on_dead, clock
@@ -162,8 +168,8 @@ class PagedEngine:
 
     def shrink(self, max_batch: int) -> None:
         """See `protocol.Engine.shrink`; never widens what the engine was made with."""
-        prefill, batch = self._limits
-        self._limits = (prefill, max(1, min(batch, max_batch)))
+        prefill, batch, decode = self._limits
+        self._limits = (prefill, max(1, min(batch, max_batch)), decode)
         self.scheduler.max_batch = min(self.scheduler.max_batch, self._limits[1])
 
     def close(self) -> None:
@@ -253,7 +259,7 @@ class PagedEngine:
             while scheduler.copies:
                 runner.copy_page(*scheduler.copies[0])
                 del scheduler.copies[0]
-            drawn = runner.step([self._row_step(part) for part in work])
+            drawn = runner.step([step for part in work for step in self._row_steps(part)])
         except Exception as e:
             # The traceback's frames hold the step's tensors: without it, and outside `except`, they are freed.
             failure, drawn = e.with_traceback(None), ()
@@ -261,28 +267,48 @@ class PagedEngine:
             self._recover(work, failure)
             return
         now_s = self._clock()
-        total = sum(part.count for part in work)
+        sizes = [part.count + len(part.drafts) for part in work]
         samples = [part.sample for part in work]
+        results = iter(drawn)
         scheduler.commit(work)
-        for part, sample, result in zip(work, samples, drawn, strict=True):
-            row = part.row
-            row.gpu_s += (now_s - started_s) * part.count / total
+        for part, size, sample in zip(work, sizes, samples, strict=True):
+            row, result = part.row, next(results)
+            further = list(islice(results, len(part.drafts)))
+            row.gpu_s += (now_s - started_s) * size / sum(sizes)
             row.batch_max = max(row.batch_max, len(work))
-            if part.count > 1 or not row.peak_pages or (row.done - 1) % self._page_tokens == 0:  # has new pages
+            if size > 1 or not row.peak_pages or (row.done - 1) % self._page_tokens == 0:  # has new pages
                 row.peak_pages = max(row.peak_pages, scheduler.pages.share(row.sequence_id))
-            if sample and result is not None:
-                self._deliver(row, *result, now_s)
+            if sample and result is not None and self._deliver(row, *result, now_s) and further:
+                self._keep(part, further, now_s)
         self._failing = False
         self._waited_s = 0.0
         self._grow()
 
-    def _row_step(self, part: Work) -> RowStep:
-        row, request = part.row, part.row.request
-        ids = row.tokens[row.done : row.done + part.count]
+    def _row_steps(self, part: Work) -> list[RowStep]:
+        row, request, end = part.row, part.row.request, part.row.done + part.count
         table = self.scheduler.pages.table(row.sequence_id)
-        return RowStep(ids, row.done, table, part.sample, request.sampling, request.logprobs)
+        first = RowStep(row.tokens[row.done : end], row.done, table, part.sample, request.sampling, request.logprobs)
+        return [first] + [
+            RowStep([token], at, table, True, request.sampling, request.logprobs)
+            for at, token in enumerate(part.drafts, end)
+        ]
 
-    def _deliver(self, row: Row, token: int, logprob: float, now_s: float) -> None:
+    def _keep(self, part: Work, further: Iterable[tuple[int, float] | None], now_s: float) -> None:
+        """Guesses that are what was drawn have their KV already; what was drawn behind each of them counts as well."""
+        row, kept, goes_on = part.row, 0, True
+        for guess, result in zip(part.drafts, further, strict=True):
+            if not goes_on or guess != row.tokens[-1] or result is None:
+                break
+            kept += 1
+            self.scheduler.commit([Work(row, 1)])
+            goes_on = self._deliver(row, *result, now_s)
+        self._events["drafted"] += len(part.drafts)
+        self._events["kept"] += kept
+        if goes_on:
+            row.lookup.judge(len(part.drafts), kept)
+
+    def _deliver(self, row: Row, token: int, logprob: float, now_s: float) -> bool:
+        """Take in a drawn token; whether the row goes on."""
         request = row.request
         row.tokens.append(token)
         if request.logprobs:
@@ -294,7 +320,7 @@ class PagedEngine:
         except Exception as e:
             self.scheduler.remove(row)
             row.fail(EngineError(f"the matcher failed: {type(e).__name__}: {e}"), e)
-            return
+            return False
         reason: FinishReason
         if matched or token in request.stop_token_ids:
             reason = "stop"
@@ -303,13 +329,14 @@ class PagedEngine:
         elif len(row.tokens) >= self.scheduler.max_model_len:
             reason = "context"
         else:
-            return
+            return True
         self.scheduler.remove(row)
         answer = Generation(
             tuple(row.tokens[len(request.token_ids) :]), reason, self._usage(row, now_s), tuple(row.logprobs)
         )
         if row.claim():
             row.future.set_result(answer)
+        return False
 
     def _usage(self, row: Row, now_s: float) -> Usage:
         admitted_s, first_s = row.admitted_s or now_s, row.first_s or now_s
@@ -330,12 +357,14 @@ class PagedEngine:
     def _grow(self) -> None:
         scheduler = self.scheduler
         scheduler.max_batch = min(scheduler.max_batch, self._limits[1])
-        bounds = (scheduler.max_prefill_tokens, scheduler.max_batch)
+        bounds = (scheduler.max_prefill_tokens, scheduler.max_batch, scheduler.max_decode_tokens)
         self._good_steps = 0 if bounds == self._limits else self._good_steps + 1
         if self._good_steps >= self._grow_after:
             self._good_steps = 0
             scheduler.max_prefill_tokens = min(self._limits[0], 2 * bounds[0])
             scheduler.max_batch = min(self._limits[1], 2 * bounds[1])
+            if bounds[:2] == self._limits[:2]:
+                scheduler.max_decode_tokens = self._limits[2]
 
     def _recover(self, work: list[Work], error: Exception) -> None:
         """A step failed: change one thing, so that the next plan is easier; or let its only row go."""
@@ -343,7 +372,7 @@ class PagedEngine:
         if not oom and _is_fatal(error):
             raise EngineDead(f"{type(error).__name__}: {error}") from error
         assert runner is not None
-        row, rows, tokens = work[0].row, len(work), sum(part.count for part in work)
+        row, rows, tokens = work[0].row, len(work), sum(part.count + len(part.drafts) for part in work)
         prefill = row.left > 1
         self._good_steps = 0
         self._events[("oom_prefill" if prefill else "oom_decode") if oom else "errors"] += 1
@@ -351,9 +380,12 @@ class PagedEngine:
         log.warning("a step of %d rows and %d tokens failed: %s", rows, tokens, said)
         if oom:
             self._drop_caches()
-            if not self._failing:
-                self._failing = True
-                return
+        if tokens > rows and not prefill:
+            scheduler.max_decode_tokens = 0
+            return
+        if oom and not self._failing:
+            self._failing = True
+            return
         if oom and prefill and tokens > self._min_prefill_tokens:
             scheduler.max_prefill_tokens = max(self._min_prefill_tokens, tokens // 2)
             self._events["prefill_halved"] += 1
@@ -374,7 +406,7 @@ class PagedEngine:
     def _expel(self, row: Row, error: Exception, oom: bool) -> None:
         self._events["culprits"] += 1
         self._failing = False
-        self.scheduler.max_prefill_tokens, self.scheduler.max_batch = self._limits
+        self.scheduler.max_prefill_tokens, self.scheduler.max_batch, self.scheduler.max_decode_tokens = self._limits
         self.scheduler.remove(row)
         text = f"failed alone at the smallest bound: {type(error).__name__}: {error}"
         row.fail(OutOfMemory(text) if oom else EngineError(text), error)

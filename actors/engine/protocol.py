@@ -60,6 +60,8 @@ class EngineSpec:
         budget_fraction: share of the device's memory to use.
         gpu_memory_fraction: torch's per-process cap on the device's memory.
         kv_dtype: auto is the model's dtype.
+        speculation: on: tokens are guessed and checked (see `drafts`); off; or auto: on where it was seen to be faster,
+            so far on a CPU.
         kv_pages: KV pages; None takes what the budget leaves.
         tp: ranks that the model is split over, one process each.
         rank_deadline_s: how long a rank waits for the others before it takes one for dead.
@@ -80,6 +82,7 @@ class EngineSpec:
     budget_fraction: float = 0.9
     gpu_memory_fraction: float | None = None
     kv_dtype: str = "auto"
+    speculation: str = "auto"
     kv_pages: int | None = None
     tp: int = 1
     rank_deadline_s: float = 60.0
@@ -202,7 +205,7 @@ class Engine(Protocol):
 
 @dataclass(slots=True)
 class RowStep:
-    """One sequence in one step.
+    """One sequence in one step; or one guess behind the last row, which it continues.
 
     Attributes:
         token_ids: the new tokens to compute, at least one; one in decode.

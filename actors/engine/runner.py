@@ -43,12 +43,12 @@ _NO_LOGPROB = math.nan
 
 @dataclass(slots=True)
 class _Span:
-    """Tokens of one row in one forward; `drawn` where the next token is drawn after the last of them."""
+    """Tokens of one sequence in one forward; after each of the last `draws` of them a token is drawn."""
 
     token_ids: Sequence[int]
     start: int
     pages: Sequence[int]
-    drawn: bool
+    draws: int
 
 
 @dataclass(slots=True)
@@ -161,7 +161,7 @@ class Runner:
         """Compute the rows' new tokens, write their KV, and draw where asked.
 
         Args:
-            rows: at least one; a sequence appears once.
+            rows: at least one; a sequence appears once, or several times in a row, each time where it left off.
 
         Returns:
             for each row (token id, log-probability under the unmodified distribution), or None where `sample` is
@@ -255,7 +255,8 @@ class Runner:
 
     def _hidden(self, rows: Sequence[RowStep], decode: bool) -> Tensor | None:
         """Last hidden states [B, E] of the rows that draw, in order; None where none does."""
-        spans = [_Span(row.token_ids, row.start, row.pages, row.sample) for row in rows]
+        spans = _spans(rows)
+        decode = decode and len(spans) == len(rows)
         if not self.invariant:
             return self._forward(spans, decode, self._padded(sum(len(span.token_ids) for span in spans)))
         parts = [self._forward(tile, False, self.tile_tokens) for tile in _tiles(spans, self.tile_tokens)]
@@ -276,7 +277,7 @@ class Runner:
             # Several rows of one page at most; padding attends to nothing under the reference.
             size = min(self.kv.page_tokens, 1 if decode else padding)
             spans = real + [
-                _Span([0] * min(size, padding - at), 0, [SCRATCH_PAGE], False) for at in range(0, padding, size)
+                _Span([0] * min(size, padding - at), 0, [SCRATCH_PAGE], 0) for at in range(0, padding, size)
             ]
         width = max(-(-(span.start + len(span.token_ids)) // self.kv.page_tokens) for span in spans)
         flat = torch.empty(
@@ -288,7 +289,7 @@ class Runner:
         at = cast(list[int], host.cu_q_R1.tolist())
         plan = self._plan(packed, max(len(span.token_ids) for span in spans), int(host.lens_R.max()), decode)
         plan.rows = [Row(at[r], span.start, len(span.token_ids), span.pages) for r, span in enumerate(real)]
-        last = [at[r + 1] - 1 for r, span in enumerate(real) if span.drawn]
+        last = [t for r, span in enumerate(real) for t in range(at[r + 1] - span.draws, at[r + 1])]
         last_B = torch.tensor(last, dtype=torch.int64).to(self._device)
         with attending(plan):
             hidden_TE = self._body_forward(packed)
@@ -370,8 +371,8 @@ class Runner:
 
     def _replay(self, rows: Sequence[RowStep], size: int) -> list[tuple[int, float] | None]:
         graph = self._graphs[size]
-        spans = [_Span(row.token_ids, row.start, row.pages, True) for row in rows]
-        spans += [_Span([0], 0, [SCRATCH_PAGE], False)] * (size - len(rows))
+        spans = [_Span(row.token_ids, row.start, row.pages, 1) for row in rows]
+        spans += [_Span([0], 0, [SCRATCH_PAGE], 0)] * (size - len(rows))
         _fill(_Packed.over(graph.host.numpy(), size, size, self._max_pages), spans, self.kv.page_tokens)
         graph.device.copy_(graph.host, non_blocking=True)
         graph.graph.replay()
@@ -384,7 +385,7 @@ class Runner:
         host = torch.zeros(elements, dtype=torch.int32, pin_memory=True)
         _fill(
             _Packed.over(host.numpy(), size, size, self._max_pages),
-            [_Span([0], 0, [SCRATCH_PAGE], False)] * size,
+            [_Span([0], 0, [SCRATCH_PAGE], 0)] * size,
             self.kv.page_tokens,
         )
         device = host.to(self._device)
@@ -441,8 +442,22 @@ def _fill(host: _Packed, spans: Sequence[_Span], page_tokens: int) -> None:
     host.slots_T[:] = host.table_RP[row_T, page_T] * page_tokens + offset_T
 
 
+def _spans(rows: Sequence[RowStep]) -> list[_Span]:
+    """One span a sequence: rows that go on where the one before left off are its guesses."""
+    spans: list[_Span] = []
+    for row in rows:
+        last = spans[-1] if spans else None
+        used = len(last.pages) if last else 0
+        if last and last.draws and row.start == last.start + len(last.token_ids) and row.pages[:used] == last.pages:
+            last.token_ids = [*last.token_ids, *row.token_ids]
+            last.pages, last.draws = row.pages, last.draws + 1
+        else:
+            spans.append(_Span(row.token_ids, row.start, row.pages, int(row.sample)))
+    return spans
+
+
 def _tiles(spans: Sequence[_Span], tokens: int) -> list[list[_Span]]:
-    """Cut spans into tiles of at most `tokens` tokens, in order; the last piece of a span draws."""
+    """Cut spans into tiles of at most `tokens` tokens, in order."""
     tiles: list[list[_Span]] = [[]]
     room = tokens
     for span in spans:
@@ -453,6 +468,7 @@ def _tiles(spans: Sequence[_Span], tokens: int) -> list[list[_Span]]:
                 room = tokens
             ids = span.token_ids[at : at + room]
             end = at + len(ids)
-            tiles[-1].append(_Span(ids, span.start + at, span.pages, span.drawn and end == len(span.token_ids)))
+            draws = min(len(ids), max(0, end - len(span.token_ids) + span.draws))
+            tiles[-1].append(_Span(ids, span.start + at, span.pages, draws))
             at, room = end, room - len(ids)
     return tiles

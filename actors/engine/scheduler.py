@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
 
+from actors.engine.drafts import Lookup
 from actors.engine.pages import PageAllocator
 from actors.engine.protocol import Request
 from actors.errors import EngineError
@@ -42,6 +43,7 @@ class Row:
     admitted_s: float | None = None
     first_s: float | None = None
     logprobs: list[float] = field(default_factory=list)
+    lookup: Lookup = field(default_factory=Lookup)
     relieved: set[str] = field(default_factory=set)  # what was given up for its sake, once each
     over: bool = False
 
@@ -74,10 +76,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One row's part of a step: its next `count` tokens."""
+    """One row's part of a step: its next `count` tokens, and guesses of those behind them (see `drafts`)."""
 
     row: Row
     count: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def sample(self) -> bool:
@@ -97,6 +100,7 @@ class Scheduler:
         policy: KV policy of all its pages.
         max_batch: rows that run together, in whatever phase.
         max_prefill_tokens: tokens of a prefill step.
+        max_decode_tokens: tokens of a decode step, guesses included; not above `max_batch`: nothing is guessed.
         max_model_len: longest context in tokens.
     """
 
@@ -107,10 +111,12 @@ class Scheduler:
         max_batch: int,
         max_prefill_tokens: int,
         max_model_len: int,
+        max_decode_tokens: int = 0,
         policy: Hashable = None,
     ):
         self.pages, self.policy = pages, policy
         self.max_batch, self.max_prefill_tokens = max_batch, max_prefill_tokens
+        self.max_decode_tokens = max_decode_tokens
         self.max_model_len = max_model_len
         self.running: list[Row] = []  # oldest first, as is `waiting`
         self.waiting: list[Row] = []
@@ -163,13 +169,30 @@ class Scheduler:
         prefill = [row for row in self.running if row.left > 1]
         decode = [row for row in self.running if row.left == 1]
         if decode and (self._prefilled_last or not prefill):
-            return [Work(row, 1) for row in decode]
+            return self._decode(decode)
         work: list[Work] = []
         budget = self.max_prefill_tokens
         for row in prefill:
             if budget:
                 work.append(Work(row, min(row.left, budget)))
                 budget -= work[-1].count
+        return work
+
+    def _decode(self, rows: list[Row]) -> list[Work]:
+        """One token of each row, and guesses as far as the step has room for them."""
+        work: list[Work] = []
+        room = self.max_decode_tokens - len(rows)
+        for i, row in enumerate(rows):
+            most = min(
+                room // (len(rows) - i),
+                row.request.max_tokens - row.generated - 1,
+                self.max_model_len - len(row.tokens) - 1,
+            )
+            drafts = row.lookup.draft(row.tokens, most) if most > 0 else []
+            if drafts and not self.pages.extend(row.sequence_id, 1 + len(drafts)):
+                drafts = []
+            room -= len(drafts)
+            work.append(Work(row, 1, tuple(drafts)))
         return work
 
     def commit(self, work: Iterable[Work]) -> None:

@@ -21,6 +21,7 @@ from actors.messages import Numerics, Sampling
 NUMERICS = Numerics("paged", "scripted", "float32", "float32", "float32", 1, "none", True)
 VOCABULARY = 50
 TIMEOUT_S = 20
+PARROT = 500
 
 
 class FakeOOM(RuntimeError):
@@ -28,6 +29,8 @@ class FakeOOM(RuntimeError):
 
 
 def draw(context, seed):
+    if seed >= PARROT and len(context) > 9 and len(context) % 11:  # says again what it said 9 tokens ago, mostly
+        return context[-9]
     return zlib.crc32(array("i", [*context, seed])) % VOCABULARY
 
 
@@ -58,7 +61,7 @@ class Scripted:
         self.steps.append([len(row.token_ids) for row in rows])
         tables = [list(row.pages) for row in rows]
         for i, row in enumerate(rows):
-            others = {page for j, table in enumerate(tables) if j != i for page in table}
+            others = {page for table in tables if table != tables[i] for page in table}
             for position, token in enumerate(row.token_ids, row.start):
                 page = row.pages[position // self.size]
                 assert page != 0
@@ -130,10 +133,10 @@ def settled(condition):
         time.sleep(0.001)
 
 
-def all_right(paged, texts, max_tokens=12):
-    futures = [paged.submit(request(f"s{i}", text, max_tokens, seed=i)) for i, text in enumerate(texts)]
+def all_right(paged, texts, max_tokens=12, seed=0):
+    futures = [paged.submit(request(f"s{i}", text, max_tokens, seed=seed + i)) for i, text in enumerate(texts)]
     answers = [future.result(TIMEOUT_S) for future in futures]
-    assert [a.token_ids for a in answers] == [expected(t, max_tokens, i) for i, t in enumerate(texts)]
+    assert [a.token_ids for a in answers] == [expected(t, max_tokens, seed + i) for i, t in enumerate(texts)]
     return answers
 
 
@@ -513,7 +516,8 @@ def test_the_oldest_always_advances():
     assert all(len(row.tokens) == 11 for row in rows)
 
 
-def test_stress():
+@pytest.mark.parametrize("max_decode_tokens", [0, 40])
+def test_stress(max_decode_tokens):
     """2,000 requests in 500 trajectories from 4 threads, with cancellations, ends and memory errors."""
     rng = random.Random(11)
     chaos = random.Random(12)
@@ -552,7 +556,8 @@ def test_stress():
                 thread.join()
 
     fail = oom_if(lambda rows: chaos.random() < 0.02)
-    with engine(num_pages=120, max_model_len=250, fail=fail) as (paged, _):
+    options = {"max_decode_tokens": max_decode_tokens, "grow_after": 8}
+    with engine(num_pages=120, max_model_len=250, fail=fail, **options) as (paged, _):
         clients = [threading.Thread(target=client, args=(paged, number)) for number in range(4)]
         for thread in clients:
             thread.start()
@@ -563,7 +568,65 @@ def test_stress():
         capacity = paged.capacity()
         assert capacity.pages_free + capacity.pages_cached == capacity.pages_total
         assert paged.events["preemptions"] > 0 < paged.events["oom_decode"]
+        assert (paged.events["kept"] > 1000) == bool(max_decode_tokens)
         assert not paged.dead
+
+
+GUESSING = {"max_decode_tokens": 64}
+
+
+def guessed(texts, max_tokens, guessing, **options):
+    """Answers, engine steps and events; rows repeat themselves, so that guesses are often right."""
+    with engine(**guessing) as (paged, runner):
+        futures = [
+            paged.submit(request(f"s{i}", text, max_tokens, seed=PARROT + i, logprobs=True, **options))
+            for i, text in enumerate(texts)
+        ]
+        answers = [future.result(TIMEOUT_S) for future in futures]
+        capacity = paged.capacity()
+        assert capacity.pages_free + capacity.pages_cached == capacity.pages_total
+        return answers, len(runner.steps), paged.events
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_pages": 40, "max_model_len": 150}, {"page_tokens": 1, "num_pages": 4000}]
+)
+def test_guesses_change_no_token_and_save_steps(options):
+    texts = prompts(8, random.Random(20))
+    plain, steps, none = guessed(texts, 60, options)
+    found, fewer, events = guessed(texts, 60, options | GUESSING)
+    assert [a.token_ids for a in found] == [a.token_ids for a in plain]
+    assert [a.token_ids for a in found] == [expected(text, 60, PARROT + i) for i, text in enumerate(texts)]
+    assert [a.logprobs for a in found] == [a.logprobs for a in plain]
+    assert none["drafted"] == none["kept"] == 0
+    assert events["kept"] > events["drafted"] / 3
+    assert fewer < steps * 0.75
+
+
+@pytest.mark.parametrize("length", range(1, 24))
+def test_a_row_ends_within_its_guesses(length):
+    seen = []
+
+    def match(new_ids):
+        seen.extend(new_ids)
+        return len(seen) == length
+
+    text = [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3, 4]
+    [matched], _, events = guessed([text], 40, GUESSING, matcher=match)
+    assert matched.token_ids == tuple(seen) == expected(text, length, PARROT)
+    assert len(matched.logprobs) == length
+    [cut], _, _ = guessed([text], length, GUESSING)
+    assert cut.token_ids == matched.token_ids
+    assert events["kept"] > 0 or length < 3
+
+
+def test_a_step_that_fails_is_repeated_without_guesses():
+    guesses = oom_if(lambda rows: len(rows) > 6 and all(len(row.token_ids) == 1 for row in rows))
+    with engine(fail=guesses, grow_after=5, **GUESSING) as (paged, _):
+        all_right(paged, prompts(6, random.Random(21)), seed=PARROT, max_tokens=60)
+        events = paged.events
+    assert events["oom_decode"] > 1, "they are tried again"
+    assert events["batch_halved"] == events["pool_shrinks"] == events["culprits"] == events["preemptions"] == 0
 
 
 def test_memory_that_another_process_holds_is_waited_for(monkeypatch):

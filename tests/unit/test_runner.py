@@ -163,6 +163,23 @@ def test_the_window_and_caps_matter_in_these_tests(name):
     assert (plain_logits(other, ids)[-1] - logits).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("name", DENSE)
+def test_guesses_are_drawn_behind_as_if_they_stood_there(name, invariant):
+    """A row, and rows that go on where it left off, beside another."""
+    model = tiny(name)
+    a, b = prompt(1), prompt(2, 33)
+    runner = runner_of(model, invariant=invariant)
+    hot = replace(GREEDY, temperature=0.8, seed=5)
+    guesses = [row(a, at, at + 1, A_PAGES, sampling=hot, logprobs=True) for at in range(40, len(a))]
+    prefill_alone(runner, a[:40], A_PAGES)
+    one_by_one = [runner.step([guess])[0] for guess in guesses]
+    runner.kv.resize(40)
+    prefill_alone(runner, b[:32], B_PAGES)
+    prefill_alone(runner, a[:40], A_PAGES)
+    assert runner.step([row(b, 32, 33, B_PAGES), *guesses])[1:] == one_by_one
+
+
 @pytest.mark.parametrize("name", DENSE)
 def test_no_bit_of_a_dense_model_depends_on_neighbours_or_chunks(name):
     model = tiny(name)
