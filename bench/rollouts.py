@@ -55,7 +55,7 @@ async def roll(prepared: Prepared, engine: Engine, task: Task, threads: ToolThre
     toolbox = Toolbox(prepared.tools, task, cut, threads)
     prompt = transcript(config, prepared.suite, prepared.tools, tokenizer, task)
     try:
-        trajectory = await Rollout(task, prompt, generate, toolbox, limits).run()
+        trajectory = await Rollout(task, prompt, generate, toolbox.call, limits).run()
     finally:
         await toolbox.close()
         engine.end(sequence_id)
