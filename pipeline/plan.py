@@ -1,8 +1,8 @@
 """What a run will need, before any GPU is taken: config, suite and the model's config.json → does it fit, at which
 rung, how many trajectories at once, hours, cost, risk; for this machine's GPUs and for a table of common ones.
 
-Memory comes from `actors.engine.memory`, GPUs and hours from `hardware`, trajectories from `trajectory_tokens`. Knows
-nothing of what other jobs hold of a GPU, and learns nothing from past runs.
+Memory comes from `actors.engine.memory`, GPUs and hours from `hardware`, trajectories from `footprint` by the suite's
+prior. Knows nothing of what other jobs hold of a GPU, and learns nothing from past runs.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from actors.errors import InputError, ModelUnavailable
 from actors.formats import check_format
 from pipeline.config import RunConfig
 from pipeline.console import Screen, duration
+from pipeline.footprint import Forecaster
 from pipeline.hardware import GIB, Gpu, Shape, Work, run_seconds
 from pipeline.preflight import context_tokens, count_prompts, limits_of, specs
-from pipeline.suite import Suite, SuiteConfig, load_suite, read_rows
+from pipeline.suite import Suite, load_suite, read_rows
 
 CHARACTERS_TOKEN = 4
 GENERATED_SHARE = 0.5
@@ -95,22 +96,6 @@ class Option:
 # --- trajectories
 
 
-def trajectory_tokens(suite: SuiteConfig, prompt_tokens: int) -> tuple[int, int, int]:
-    """Tokens of a whole trajectory, prompt included: p50, p95 and the worst that the limits allow.
-
-    From the suite's prior: steps times tokens a step, as if independent, each linear between its quantiles.
-    """
-    worst = max(prompt_tokens, suite.limits.trajectory_tokens)
-    levels = (np.arange(100) + 0.5) / 100
-    steps, tokens = (
-        np.interp(levels, (0.1, 0.5, 0.9), prior)
-        + np.maximum(levels - 0.9, 0) * (prior[2] - prior[1]) / 0.4  # beyond the p90 at the same slope
-        for prior in (suite.prior.steps, suite.prior.tokens_per_step)
-    )
-    p50, p95 = np.quantile(np.outer(np.minimum(steps, suite.limits.max_steps), tokens), (0.5, 0.95))
-    return (min(worst, prompt_tokens + round(float(p50))), min(worst, prompt_tokens + round(float(p95))), worst)
-
-
 def forecast(config: RunConfig, suite: Suite, tools: Sequence[Any], tokenizer: Any, model_len: int) -> Expected:
     """The suite's trajectories; without a tokenizer prompts are estimated from their characters."""
     rows = read_rows(suite, config)
@@ -124,9 +109,10 @@ def forecast(config: RunConfig, suite: Suite, tools: Sequence[Any], tokenizer: A
         counts, shared = count_prompts(config, suite, rows.tasks, tools, tokenizer)
         lengths = list(counts.values())
     prompt = int(np.median(lengths))
-    p50, p95, worst = (min(tokens, model_len) for tokens in trajectory_tokens(suite.config, prompt))
-    steps = min(suite.config.prior.steps[1], limits_of(config, suite, model_len).max_steps)
-    return Expected(len(rows.tasks), prompt, shared, p50, p95, worst, steps, tokenizer is not None)
+    limits = limits_of(config, suite, model_len)
+    median = Forecaster(limits, shared, suite.config.prior).forecast(rows.tasks[0], prompt)
+    p50, p95, worst = median.p50_tokens, median.p95_tokens, median.quantile_tokens[-1]
+    return Expected(len(rows.tasks), prompt, shared, p50, p95, worst, median.p50_steps, tokenizer is not None)
 
 
 # --- work

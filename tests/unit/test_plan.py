@@ -45,17 +45,6 @@ def invoke(*args):
 # --- trajectories
 
 
-def test_trajectory_tokens_follow_the_prior():
-    prior = {"steps": [3, 5, 7], "tokens_per_step": [120, 220, 350]}
-    p50, p95, worst = plan.trajectory_tokens(suite(prior=prior, limits={"trajectory_tokens": 8192}), 1000)
-    assert 1000 + 0.9 * 5 * 220 < p50 < 1000 + 1.1 * 5 * 220
-    assert 1000 + 7 * 220 < p95 < 1000 + 8 * 400
-    assert worst == 8192
-    assert plan.trajectory_tokens(suite(prior=prior, limits={"trajectory_tokens": 1500}), 1000) == (1500, 1500, 1500)
-    fewer = plan.trajectory_tokens(suite(prior=prior, limits={"trajectory_tokens": 8192, "max_steps": 2}), 1000)
-    assert fewer[1] < p50
-
-
 def test_residents_keep_the_risk():
     for pool_tokens in (5_000, 50_000, 500_000):
         held = plan.residents(pool_tokens, EXPECTED, 256)
