@@ -16,16 +16,11 @@ from bench.common import model_config
 from pipeline import hardware, plan
 from pipeline.__main__ import app
 from pipeline.config import load_run
-from pipeline.suite import SuiteConfig
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 EXPECTED = plan.Expected(rows=1000, prompt=2000, shared=1800, p50=2800, p95=3600, worst=4096, steps=5.0, exact=True)
 H200 = hardware.GPUS[-1]
-
-
-def suite(**fields):
-    return SuiteConfig.model_validate({"name": "s", "data": {"path": "x.jsonl"}} | fields)
 
 
 @pytest.fixture(scope="module")
