@@ -44,10 +44,11 @@ from actors.router import session_id
 from pipeline import preflight
 from pipeline.batched import Batched
 from pipeline.config import Pool, ReplicaRange, RunConfig
+from pipeline.footprint import Forecaster
 from pipeline.journal import Begin, Journal, Progress
 from pipeline.preflight import Prepared, limits_of
 from pipeline.suite import Suite
-from pipeline.tables import RESULTS, RunFacts, forecast_from_row, result_row, rows_to_table, task_from_row
+from pipeline.tables import RESULTS, RunFacts, result_row, rows_to_table, task_from_row
 
 log = logging.getLogger("berth")
 
@@ -74,6 +75,7 @@ class Job:
         limits: bounds of a trajectory; the context is the model's.
         pool: where its rows run.
         concurrent: trajectories one agent actor rolls out at once.
+        forecaster: what past runs have taught; each agent goes on learning with its own.
     """
 
     config: RunConfig
@@ -83,6 +85,7 @@ class Job:
     app: str
     pool: str
     concurrent: int
+    forecaster: Forecaster
 
 
 class Agents:
@@ -100,6 +103,7 @@ class Agents:
         folder = resolve(model.id, model.revision, weights=False).folder
         self.tokenizer: Any = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
         self.tools = load_tools(job.suite.config.tools, job.suite.folder)
+        self.forecaster = job.forecaster
         self.threads = ToolThreads()
         self.scorers = load_scorers(job.suite.config.scorers, job.suite.folder)
         self.scoring = ThreadPoolExecutor(2, "scoring")
@@ -172,7 +176,6 @@ class Attempts:
         self.agents = agents
         self.job = agents.job
         self.task = task_from_row(manifest)
-        self.forecast = forecast_from_row(manifest)
         self.lease = ledger.Leased(agents.ledger, agents.lease, self.task.row_id, self.job.suite.config.name)
         self.attempt = 0
         self.replica = ""
@@ -195,10 +198,10 @@ class Attempts:
             return begun.row
         try:
             trajectory = _lost(self.task, begun.attempt) if begun.exhausted else await self._trajectory(begun)
-        except Fenced:  # Ray has given the row to another agent, whose answer counts
-            return None
-        except _Stopped:
-            return (await self.begin()).row
+        except (Fenced, _Stopped) as e:
+            self.agents.forecaster.drop(self.task.row_id)
+            # Fenced: Ray has given the row to another agent, whose answer counts.
+            return None if isinstance(e, Fenced) else (await self.begin()).row
         except Exception as e:  # one row's fault must not be the run's: it stands on the row, with its place
             log.exception("row %s", self.task.row_id)
             place = traceback.extract_tb(e.__traceback__)[-1]
@@ -207,6 +210,7 @@ class Attempts:
         trajectory = replace(trajectory, attempts=max(1, self.attempt), numerics=self.numerics)
         row = await asyncio.get_running_loop().run_in_executor(self.agents.scoring, self._scored, trajectory)
         counts = await self.agents.record("finish", self.task.row_id, self.attempt, self.replica, row)
+        self.agents.forecaster.observe(counts or row)
         return counts or row
 
     async def _trajectory(self, begun: Begin) -> Trajectory:
@@ -217,6 +221,7 @@ class Attempts:
         transcript = preflight.transcript(
             self.job.config, self.job.suite, self.agents.tools, self.agents.tokenizer, self.task
         )
+        self.forecast = self.agents.forecaster.forecast(self.task, transcript.prompt_tokens)
         generate, call_tool = self._generate, toolbox.call
         if self.job.config.journal == "steps":
             for event in begun.events:
@@ -250,6 +255,7 @@ class Attempts:
             self.home = (await self.lease.acquire(self.attempt, self.forecast, len(call.token_ids))).replica
             session = self.agents.handle.options(session_id=session_id(self.home, call.row_id))
             try:
+                self.agents.forecaster.begin(self.task.row_id)
                 reply = await session.generate.remote(replace(call, home=self.home))
             except NotHome:
                 self.lease.failed(self.home)
@@ -524,7 +530,9 @@ def start_journal(config: RunConfig, attempts: Mapping[str, int]) -> Any:
     ).remote(config.out + "/journal", config.limits.max_attempts, attempts)
 
 
-def plan_agents(prepared: Prepared, app: str, capacity: Capacity, replicas: int) -> tuple[Job, int]:
+def plan_agents(
+    prepared: Prepared, forecaster: Forecaster, app: str, capacity: Capacity, replicas: int
+) -> tuple[Job, int]:
     """The job and the number of agent actors: as many trajectories at once as the ledger has homes for at most."""
     config = prepared.config
     agents = max(1, min(8, int(ray.cluster_resources().get("CPU", 1)) // 8))
@@ -536,6 +544,7 @@ def plan_agents(prepared: Prepared, app: str, capacity: Capacity, replicas: int)
         app=app,
         pool=serving_pool(config)[0],
         concurrent=-(-replicas * ledger.slots(capacity) // agents),
+        forecaster=forecaster,
     )
     return job, agents
 

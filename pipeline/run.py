@@ -81,8 +81,9 @@ def execute(prepared: Prepared, screen: Screen, retry: Collection[str] | None = 
             screen.line("run", f"already complete: {total:,} rows in {out}; nothing to do")
             return json.loads(read_bytes(f"{out}/summary.json") or b"{}") or summarize(out)
         if len(done) < total:
-            write_manifest(prepared)
-            roll_out(prepared, info, screen)
+            learned = forecaster(prepared)
+            write_manifest(prepared, learned)
+            roll_out(prepared, learned, info, screen)
         return finish(prepared, info)
 
 
@@ -154,12 +155,12 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> st
     return "\n".join(lines)
 
 
-def write_manifest(prepared: Prepared) -> None:
+def write_manifest(prepared: Prepared, learned: Forecaster) -> None:
     """The tasks with their forecasts as Parquet, largest first, once: Ray Data reads this, and resumes by it."""
     out, tasks = prepared.config.out, prepared.rows.tasks
     if count_rows(f"{out}/tasks", TASKS) == len(tasks):
         return
-    ordered = order(tasks, forecaster(prepared), prepared.prompt_tokens)
+    ordered = order(tasks, learned, prepared.prompt_tokens)
     for start in range(0, len(tasks), MANIFEST_ROWS):
         rows = [task_row(task, forecast) for task, forecast in ordered[start : start + MANIFEST_ROWS]]
         write_table(rows_to_table(rows, TASKS), f"{out}/tasks/tasks-{start // MANIFEST_ROWS:06d}.parquet")
@@ -191,7 +192,7 @@ def _exists(uri: str) -> bool:
     return fs.get_file_info(path).type != FileType.NotFound
 
 
-def roll_out(prepared: Prepared, info: dict[str, Any], screen: Screen) -> None:
+def roll_out(prepared: Prepared, learned: Forecaster, info: dict[str, Any], screen: Screen) -> None:
     """Start Ray and the replicas, roll out what is missing, stop them."""
     import ray
     from ray import serve
@@ -224,7 +225,7 @@ def roll_out(prepared: Prepared, info: dict[str, Any], screen: Screen) -> None:
             info["numerics"] = {name: getattr(numerics, name) for name in numerics.__slots__}
             info["gpus"] = rollout.cluster_gpus()
             write_json(info, f"{config.out}/run.json")
-            job, agents = rollout.plan_agents(prepared, app, capacity, replicas)
+            job, agents = rollout.plan_agents(prepared, learned, app, capacity, replicas)
             _roll(lambda: rollout.rollouts(job, journal, leases, agents), journal, len(done), prepared, screen)
             write_attempts(config.out, ray.get(journal.records.remote()))
         finally:
