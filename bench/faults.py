@@ -122,15 +122,15 @@ class Bench:
         path.write_text(json.dumps(run))
         return Job(self, [sys.executable, "-m", "pipeline", "run", str(path), *more], self.cluster.env)
 
-    def pids(self, needle: str) -> list[int]:
+    def actors(self, needle: str) -> list[Any]:
         """Living actors of the cluster whose class holds `needle`."""
         found = list_actors(address=self.cluster.jobs, filters=[("state", "=", "ALIVE")], detail=True, limit=1000)
-        return [actor.pid for actor in found if needle in actor.class_name and psutil.pid_exists(actor.pid)]
+        return [actor for actor in found if needle in actor.class_name and psutil.pid_exists(actor.pid)]
 
     def kill(self, needle: str) -> None:
         """kill -9 of one such actor."""
-        [pid, *_] = wait_for(lambda: self.pids(needle), 60)
-        os.kill(pid, signal.SIGKILL)
+        [one, *_] = wait_for(lambda: self.actors(needle), 60)
+        os.kill(one.pid, signal.SIGKILL)
 
     def add_node(self, name: str) -> None:
         """A raylet for replicas."""
@@ -152,9 +152,22 @@ class Bench:
                 one.kill()
         process.wait()
 
+    def node_with_replica(self) -> tuple[str, str]:
+        """Name and id of such a node; a node of the bench may have none, the other then has both."""
+
+        def find() -> tuple[str, str] | None:
+            homes = {actor.pid: actor.node_id for actor in self.actors("ServeReplica:berth")}
+            for name, process in self.nodes.items():
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    if child.pid in homes:
+                        return name, homes[child.pid]
+            return None
+
+        return wait_for(find, 60)
+
     def living_nodes(self) -> list[Any]:
-        """Nodes as the cluster sees them."""
-        return list_nodes(address=self.cluster.jobs, filters=[("state", "=", "ALIVE")], detail=True)
+        """Nodes as the cluster sees them, told apart here: with a filter Ray takes dead nodes for truncated output."""
+        return [node for node in list_nodes(address=self.cluster.jobs, limit=1000) if node.state == "ALIVE"]
 
     def rows_of(self) -> pd.DataFrame:
         """The run's table."""
@@ -250,6 +263,20 @@ def replica(bench: Bench) -> Outcome:
     return _actor(bench, "ServeReplica:berth")
 
 
+@fault(fast=True)
+def hung_step(bench: Bench) -> Outcome:
+    """A step of a replica's engine never ends."""
+    hang = bench.folder / "hang"
+    job = bench.start("--set", "limits.max_step_s=5", hangs=str(hang))
+    job.until_calls(STEPS * bench.rows // 3)
+    before = {one.pid for one in bench.actors("ServeReplica:berth")}
+    hang.touch()
+    wait_for(lambda: not hang.exists(), 60)
+    since = time.monotonic()
+    wait_for(lambda: not all(map(psutil.pid_exists, before)), 60)
+    return Outcome([job.end()], time.monotonic() - since)
+
+
 @fault(fast=False)
 def journal(bench: Bench) -> Outcome:
     """kill -9 of the journal's actor."""
@@ -267,7 +294,7 @@ def node_removed(bench: Bench) -> Outcome:
     """A node with a replica goes, all at once; another comes."""
     job = bench.start()
     job.until_calls(STEPS * bench.rows // 3)
-    name = next(iter(bench.nodes))
+    name, _ = bench.node_with_replica()
     bench.remove_node(name)
     since, calls = time.monotonic(), len(bench.calls())
     recover_s = bench.recovered(since, calls)
@@ -280,25 +307,10 @@ def node_drained(bench: Bench) -> Outcome:
     """A node with a replica is drained, as a cloud does before it takes a spot machine back."""
     job = bench.start()
     job.until_calls(STEPS * bench.rows // 3)
-    name = next(iter(bench.nodes))
-    mine = {p.pid for p in psutil.Process(bench.nodes[name].pid).children(recursive=True)}
-    replicas = [pid for pid in bench.pids("ServeReplica:berth") if pid in mine]
-    if not replicas:
-        raise RuntimeError("no replica on the node to drain")
-    actors = list_actors(address=bench.cluster.jobs, filters=[("pid", "=", replicas[0])], detail=True)
-    node_id = actors[0].node_id
-    reason = "DRAIN_NODE_REASON_PREEMPTION"
-    options = [
-        "--node-id",
-        node_id,
-        "--reason",
-        reason,
-        "--reason-message",
-        "spot",
-        "--deadline-remaining-seconds",
-        "20",
-    ]
-    drained = bench.cluster.ray("drain-node", "--address", bench.cluster.address, *options)
+    name, node_id = bench.node_with_replica()
+    options = f"--node-id {node_id} --reason DRAIN_NODE_REASON_PREEMPTION --reason-message spot"
+    options += " --deadline-remaining-seconds 20"
+    drained = bench.cluster.ray("drain-node", "--address", bench.cluster.address, *options.split())
     if drained.returncode:
         raise RuntimeError(drained.stdout + drained.stderr)
     since, calls = time.monotonic(), len(bench.calls())

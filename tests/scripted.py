@@ -2,10 +2,11 @@
 
 Each trajectory searches twice and finishes at its third step. `BERTH_SCRIPT` (JSON) adds delays and faults: `delay_s`
 before each answer, `max_batch`, `count` (a file that gets a line for each call), `killer` (a row id that ends the
-process).
+process), `hangs` (a file: the engine that takes it away answers no more).
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -32,7 +33,7 @@ class ScriptedEngine:
         self.answers: dict[int, tuple[int, ...]] = {}
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self.running = 0
+        self.hung_since: float | None = None
 
     def submit(self, request: Request) -> Future[Generation]:
         future: Future[Generation] = Future()
@@ -46,6 +47,12 @@ class ScriptedEngine:
             self.answers[step] = tuple(self.tokenizer.encode(text, add_special_tokens=False))
         if request.sequence_id == self.script.get("killer"):
             os._exit(1)
+        if (path := self.script.get("hangs")) and self.hung_since is None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+                self.hung_since = time.monotonic()
+        if self.hung_since is not None:
+            return future
         ids = self.answers[step]
         if request.matcher is not None:
             request.matcher(ids)
@@ -65,6 +72,9 @@ class ScriptedEngine:
 
     def capacity(self) -> Capacity:
         return Capacity(max_model_len=8192, max_batch=self.script.get("max_batch", 64))
+
+    def step_s(self) -> float:
+        return 0.0 if self.hung_since is None else time.monotonic() - self.hung_since
 
     def shrink(self, max_batch: int) -> None:
         pass
