@@ -37,11 +37,14 @@ from bench.common import device_info, print_table, write_json
 from bench.s3 import BUCKET, s3_server
 from bench.scripted import finished_rows, lines_in, write_suite
 from bench.scripted import script as script_of
+from bench.tiny import write_tiny_model
 from pipeline.tables import filesystem
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 3
 COMPARED = ["row_id", "status", "answer", "score", "num_steps", "trajectory"]
+TIMES = ["queue_s", "prefill_s", "decode_s", "tool_s", "gpu_s"]
+COMPUTED_AGAIN = ["attempts", "prefilled_tokens", "reused_tokens", "max_batch_seen", "observed_peak_bytes"]
 LABEL = {"berth/part": "replica"}
 
 
@@ -54,6 +57,8 @@ class Outcome:
     failed: frozenset[str] = frozenset()
     """Rows that may fail, and must."""
     complete: bool = True
+    without: pd.DataFrame | None = None
+    """Rows of the same run without the fault, where the scripted engine did not make them."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -104,8 +109,15 @@ class Bench:
         """Row ids of the engine's calls, in order."""
         return [line.split()[0] for line in lines_in(self.folder / f"calls-{self.name}")]
 
-    def start(self, *more: str, suite: Path | None = None, out: str | None = None, **script: Any) -> Job:
-        """`berth run` on the cluster; `script` is the scripted engine's."""
+    def start(
+        self,
+        *more: str,
+        suite: Path | None = None,
+        out: str | None = None,
+        config: dict[str, Any] | None = None,
+        **script: Any,
+    ) -> Job:
+        """`berth run` on the cluster; `config` replaces parts of the run's, `script` is the scripted engine's."""
         settings = {"delay_s": 0.2, "max_batch": 8, "count": str(self.folder / f"calls-{self.name}")} | script
         run = {
             "suite": str(suite or self.suite),
@@ -119,7 +131,7 @@ class Bench:
             },
         }
         path = self.folder / f"run-{self.name}.json"  # JSON is YAML
-        path.write_text(json.dumps(run))
+        path.write_text(json.dumps(run | (config or {})))
         return Job(self, [sys.executable, "-m", "pipeline", "run", str(path), *more], self.cluster.env)
 
     def actors(self, needle: str) -> list[Any]:
@@ -275,6 +287,48 @@ def hung_step(bench: Bench) -> Outcome:
     since = time.monotonic()
     wait_for(lambda: not all(map(psutil.pid_exists, before)), 60)
     return Outcome([job.end()], time.monotonic() - since)
+
+
+def _real(bench: Bench, pools: dict[str, Any], victim: str) -> Outcome:
+    """kill -9 of `victim` under a real model in float32; the same run without that comes first."""
+    model = bench.folder / "tiny"
+    if not model.exists():
+        write_tiny_model(model)
+    config = {
+        "model": {"id": str(model), "dtype": "float32"},
+        "engine": "paged",
+        "numerics": "invariant",
+        "agent": {"max_steps": 3, "max_tokens": {"thought": 32, "action": 16, "answer": 16}},
+        "memory": {"max_batch": 4},
+        "pools": pools,
+    }
+    name, bench.name = bench.name, bench.name + "-without"
+    if code := bench.start(config=config).end():
+        raise RuntimeError(f"the run without the fault ended with {code}")
+    found = Outcome(without=bench.rows_of())
+    bench.name = name
+    job = bench.start(config=config)
+    wait_for(lambda: len(finished_rows(bench.out)) >= bench.rows // 4, 300)
+    bench.kill(victim)
+    since, finished = time.monotonic(), len(finished_rows(bench.out))
+    wait_for(lambda: job.process.poll() is not None or len(finished_rows(bench.out)) > finished + 4, 300)
+    found.recover_s = time.monotonic() - since
+    found.ends = [job.end()]
+    if (pd.read_parquet(bench.out / "attempts")["outcome"] == "ok").all():
+        found.problems.append("no attempt was lost: the fault came too late")
+    return found
+
+
+@fault(fast=False)
+def replica_fp32(bench: Bench) -> Outcome:
+    """kill -9 of a replica with a real model: rows equal those without, times and what was computed again aside."""
+    return _real(bench, {"single": {"replicas": 2, "labels": LABEL}}, "ServeReplica:berth")
+
+
+@fault(fast=False)
+def rank(bench: Bench) -> Outcome:
+    """kill -9 of the second rank of a gang."""
+    return _real(bench, {"sharded": {"tensor_parallel_size": 2, "replicas": 1, "labels": LABEL}}, "Rank")
 
 
 @fault(fast=False)
@@ -553,13 +607,28 @@ def judge(bench: Bench, name: str, found: Outcome, baseline: pd.DataFrame) -> di
             found.problems.append(f"failed rows: {sorted(failed)[:5]}, expected {sorted(found.failed)}")
         if any(found.ends):
             found.problems.append(f"ended with {found.ends}")
-        if name != "tools":
+        if found.without is not None:
+            line["equal"] = identical(frame, found.without)
+        elif name != "tools":
             line["equal"] = equal(frame, baseline, found.failed)
-            if not line["equal"]:
-                found.problems.append("rows differ from those of the run without faults")
+        if not line.get("equal", True):
+            found.problems.append("rows differ from those of the run without faults")
     line["holds"] = not found.problems
     line["problems"] = "; ".join(found.problems)
     return line
+
+
+def identical(frame: pd.DataFrame, without: pd.DataFrame) -> bool:
+    """Whether both tables are the same in every column, times and what depends on what was computed again aside."""
+
+    def plain(found: pd.DataFrame) -> list[str]:
+        rows = found.drop(columns=TIMES + COMPUTED_AGAIN).sort_values("row_id").to_dict("records")
+        for row in rows:
+            kept = ("thought", "action", "tool", "arguments", "observation", "tokens")
+            row["trajectory"] = [[step[name] for name in kept] for step in row["trajectory"]]
+        return [repr(row) for row in rows]
+
+    return plain(frame) == plain(without)
 
 
 def equal(frame: pd.DataFrame, baseline: pd.DataFrame, failed: frozenset[str]) -> bool:
