@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ from pipeline.tables import (
     write_bytes,
     write_table,
 )
+from pipeline.tasks import packed
 
 log = logging.getLogger("berth")
 
@@ -159,10 +161,9 @@ def write_manifest(prepared: Prepared) -> None:
     out, tasks = prepared.config.out, prepared.rows.tasks
     if count_rows(f"{out}/tasks", TASKS) == len(tasks):
         return
-    ordered = order(tasks, forecaster(prepared), prepared.prompt_tokens)
-    for start in range(0, len(tasks), MANIFEST_ROWS):
-        rows = [task_row(task, forecast) for task, forecast in ordered[start : start + MANIFEST_ROWS]]
-        write_table(rows_to_table(rows, TASKS), f"{out}/tasks/tasks-{start // MANIFEST_ROWS:06d}.parquet")
+    rows = starmap(task_row, order(tasks, forecaster(prepared), prepared.prompt_tokens))
+    for part, some in enumerate(packed(rows, MANIFEST_ROWS)):
+        write_table(rows_to_table(some, TASKS), f"{out}/tasks/tasks-{part:06d}.parquet")
 
 
 def forecaster(prepared: Prepared) -> Forecaster:
