@@ -83,8 +83,9 @@ def execute(prepared: Prepared, screen: Screen, retry: Collection[str] | None = 
             screen.line("run", f"already complete: {total:,} rows in {out}; nothing to do")
             return json.loads(read_bytes(f"{out}/summary.json") or b"{}") or summarize(out)
         if len(done) < total:
-            write_manifest(prepared)
-            roll_out(prepared, info, screen)
+            learned = forecaster(prepared)
+            write_manifest(prepared, learned)
+            roll_out(prepared, learned, info, screen)
         return finish(prepared, info)
 
 
@@ -156,12 +157,12 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> st
     return "\n".join(lines)
 
 
-def write_manifest(prepared: Prepared) -> None:
+def write_manifest(prepared: Prepared, learned: Forecaster) -> None:
     """The tasks with their forecasts as Parquet, largest first, once: Ray Data reads this, and resumes by it."""
     out, tasks = prepared.config.out, prepared.rows.tasks
     if count_rows(f"{out}/tasks", TASKS) == len(tasks):
         return
-    rows = starmap(task_row, order(tasks, forecaster(prepared), prepared.prompt_tokens))
+    rows = starmap(task_row, order(tasks, learned, prepared.prompt_tokens))
     for part, some in enumerate(packed(rows, MANIFEST_ROWS)):
         write_table(rows_to_table(some, TASKS), f"{out}/tasks/tasks-{part:06d}.parquet")
 
@@ -192,7 +193,7 @@ def _exists(uri: str) -> bool:
     return fs.get_file_info(path).type != FileType.NotFound
 
 
-def roll_out(prepared: Prepared, info: dict[str, Any], screen: Screen) -> None:
+def roll_out(prepared: Prepared, learned: Forecaster, info: dict[str, Any], screen: Screen) -> None:
     """Start Ray and the replicas, roll out what is missing, stop them."""
     import ray
     from ray import serve
@@ -212,6 +213,7 @@ def roll_out(prepared: Prepared, info: dict[str, Any], screen: Screen) -> None:
             done = reconcile(config.out, lambda said: screen.line("damaged", said))
             write_checkpoint(config.out, done)
             journal = rollout.start_journal(config, attempts_so_far(config.out, done))
+            leases = rollout.start_ledger(config, app)
             if config.ray.address is not None:
                 keeper = rollout.keep(app, journal)
             screen.line("model", f"loading {config.model.id} into the {config.engine} engine")
@@ -224,8 +226,8 @@ def roll_out(prepared: Prepared, info: dict[str, Any], screen: Screen) -> None:
             info["numerics"] = {name: getattr(numerics, name) for name in numerics.__slots__}
             info["gpus"] = rollout.cluster_gpus()
             write_json(info, f"{config.out}/run.json")
-            job, agents = rollout.plan_agents(prepared, app, capacity, replicas)
-            _roll(lambda: rollout.rollouts(job, journal, agents), journal, len(done), prepared, screen)
+            job, agents = rollout.plan_agents(prepared, learned, app, capacity, replicas)
+            _roll(lambda: rollout.rollouts(job, journal, leases, agents), journal, len(done), prepared, screen)
             write_attempts(config.out, ray.get(journal.records.remote()))
         finally:
             if keeper is not None:
