@@ -338,6 +338,12 @@ def journal(bench: Bench) -> Outcome:
 
 
 @fault(fast=False)
+def ledger(bench: Bench) -> Outcome:
+    """kill -9 of the ledger's actor."""
+    return _actor(bench, "Ledger")
+
+
+@fault(fast=False)
 def controller(bench: Bench) -> Outcome:
     """kill -9 of Serve's controller."""
     return _actor(bench, "ServeController")
