@@ -41,6 +41,12 @@ def quantiles_of(forecast: Forecast) -> tuple[float, ...]:
     return (forecast.prompt_tokens, *forecast.quantile_tokens)
 
 
+def own_pages(tokens: int, shared_tokens: int, page_tokens: int) -> int:
+    """Pages that one row of so many tokens is charged: whole ones, without those of the prompt that all have in common,
+    which are charged once; 0 for an engine without pages."""
+    return max(1, -(-tokens // page_tokens) - shared_tokens // page_tokens) if page_tokens else 0
+
+
 def survival(tokens_BH: Floats, quantiles_BK: Floats) -> Floats:
     """P(peak > tokens) under peaks with these quantiles at LEVELS, linear between them."""
     above_BH = (tokens_BH[:, :, None] >= quantiles_BK[:, None, :]).sum(2)

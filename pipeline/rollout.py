@@ -39,7 +39,8 @@ from actors import ledger
 from actors.agent import Limits, Rollout
 from actors.engine.protocol import Capacity, EngineSpec
 from actors.errors import EngineDead, EngineError, Fenced, Incomplete, InputError, NotHome
-from actors.messages import Call, Generation, Numerics, Reply, Sampling, Trajectory
+from actors.messages import Call, Forecast, Generation, Numerics, Reply, Sampling, Trajectory
+from actors.placement import own_pages
 from actors.router import session_id
 from pipeline import preflight
 from pipeline.batched import Batched
@@ -73,6 +74,7 @@ class Job:
 
     Attributes:
         limits: bounds of a trajectory; the context is the model's.
+        capacity: sizes of one replica.
         pool: where its rows run.
         concurrent: trajectories one agent actor rolls out at once.
         forecaster: what past runs have taught; each agent goes on learning with its own.
@@ -82,6 +84,7 @@ class Job:
     suite: Suite
     facts: RunFacts
     limits: Limits
+    capacity: Capacity
     app: str
     pool: str
     concurrent: int
@@ -176,6 +179,9 @@ class Attempts:
         self.agents = agents
         self.job = agents.job
         self.task = task_from_row(manifest)
+        self.prompt_tokens: int = manifest["prompt_tokens"]
+        self.forecast: Forecast  # from `begin` on
+        self.predicted_bytes: int | None = None
         self.lease = ledger.Leased(agents.ledger, agents.lease, self.task.row_id, self.job.suite.config.name)
         self.attempt = 0
         self.replica = ""
@@ -183,8 +189,12 @@ class Attempts:
         self.numerics: Numerics | None = None
 
     async def begin(self) -> Begin:
-        """Ask the journal for the next attempt."""
-        begun = await self.agents.record("begin", self.task.row_id, self.job.pool, "start")
+        """Forecast the row as well as is known by now, and ask the journal for the next attempt."""
+        self.forecast = self.agents.forecaster.forecast(self.task, self.prompt_tokens)
+        sizes = self.job.capacity
+        pages = own_pages(self.forecast.p95_tokens, self.forecast.shared_tokens, sizes.page_tokens)
+        self.predicted_bytes = pages * sizes.page_tokens * sizes.kv_bytes_token or None
+        begun = await self.agents.record("begin", self.task.row_id, self.job.pool, "start", self.predicted_bytes)
         self.attempt = begun.attempt
         return begun
 
@@ -221,7 +231,6 @@ class Attempts:
         transcript = preflight.transcript(
             self.job.config, self.job.suite, self.agents.tools, self.agents.tokenizer, self.task
         )
-        self.forecast = self.agents.forecaster.forecast(self.task, transcript.prompt_tokens)
         generate, call_tool = self._generate, toolbox.call
         if self.job.config.journal == "steps":
             for event in begun.events:
@@ -302,7 +311,14 @@ class Attempts:
         from pipeline.scoring import score
 
         scored = score(trajectory, self.agents.scorers, self.job.suite.primary)
-        return result_row(trajectory, scored=scored, run=self.job.facts, pool=self.job.pool, rung="start")
+        return result_row(
+            trajectory,
+            scored=scored,
+            run=self.job.facts,
+            pool=self.job.pool,
+            rung="start",
+            predicted_peak_bytes=self.predicted_bytes,
+        )
 
 
 def _lost(task: Any, attempts: int) -> Trajectory:
@@ -542,6 +558,7 @@ def plan_agents(
         suite=prepared.suite,
         facts=prepared.facts,
         limits=limits_of(config, prepared.suite, capacity.max_model_len),
+        capacity=capacity,
         app=app,
         pool=serving_pool(config)[0],
         concurrent=-(-replicas * ledger.slots(capacity) // agents),

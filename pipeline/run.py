@@ -228,7 +228,9 @@ def roll_out(prepared: Prepared, learned: Forecaster, info: dict[str, Any], scre
             write_json(info, f"{config.out}/run.json")
             job, agents = rollout.plan_agents(prepared, learned, app, capacity, replicas)
             _roll(lambda: rollout.rollouts(job, journal, leases, agents), journal, len(done), prepared, screen)
-            write_attempts(config.out, ray.get(journal.records.remote()))
+            write_attempts(
+                config.out, ray.get(journal.records.remote()), capacity.kv_bytes_token * capacity.page_tokens
+            )
         finally:
             if keeper is not None:
                 ray.kill(keeper)
@@ -293,8 +295,12 @@ def budget(config: RunConfig, gpus: Callable[[], int]) -> Callable[[], bool]:
     return reached
 
 
-def write_attempts(out: str, records: list[dict[str, Any]]) -> None:
-    """attempts/ from the journal, beside what is there: one row for each attempt that began."""
+def write_attempts(out: str, records: list[dict[str, Any]], page_bytes: int = 0) -> None:
+    """attempts/ from the journal, beside what is there: one row for each attempt that began.
+
+    Args:
+        page_bytes: KV bytes a page; 0 for an engine without pages.
+    """
     begun: dict[tuple[str, int], dict[str, Any]] = {}
     ended: dict[tuple[str, int], dict[str, Any]] = {}
     for record in records:
@@ -317,6 +323,9 @@ def write_attempts(out: str, records: list[dict[str, Any]]) -> None:
             "replica": end.get("replica"),
             "outcome": end.get("status", "failed") if end else "lost",
             "cause": end.get("cause"),
+            "predicted_bytes": start.get("predicted_bytes"),
+            "kv_pages": -(-end["kv_bytes"] // page_bytes) if page_bytes and end.get("kv_bytes") else None,
+            "gpu_s": end.get("gpu_s"),
             "lost_gpu_s": end.get("lost_gpu_s"),
         }
 

@@ -19,7 +19,7 @@ from actors.tools import ToolThreads
 from bench.pipeline import write_run
 from pipeline.batched import Batched
 from pipeline.config import load_run
-from pipeline.footprint import Forecaster
+from pipeline.footprint import Forecaster, order
 from pipeline.journal import Journal
 from pipeline.preflight import prepare
 from pipeline.run import untaught
@@ -30,7 +30,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own
     from pipeline import rollout
 
-TIMES = {"queue_s", "prefill_s", "decode_s", "tool_s", "gpu_s", "trajectory"}
+MAY_DIFFER = {"queue_s", "prefill_s", "decode_s", "tool_s", "gpu_s", "trajectory", "predicted_peak_bytes"}
 ROOM = Report("single", "r0", 400, 16, 64)
 
 
@@ -74,7 +74,7 @@ class Local(rollout.Agents):
     async def run(self, *reports):
         for report in reports or (ROOM,):
             await self.books.report(report)
-        tasks = rows_to_table([task_row(task) for task in PREPARED["tasks"]], TASKS)
+        tasks = rows_to_table([task_row(task, forecast) for task, forecast in PREPARED["rows"]], TASKS)
         [table] = [table async for table in self(tasks)]
         await asyncio.sleep(0.05)
         return table
@@ -88,13 +88,15 @@ def agents(tmp_path_factory):
     """Makes Agents of 6 rows with this forecaster."""
     folder = tmp_path_factory.mktemp("suite")
     prepared = prepare(load_run(write_run(folder, 6)))
-    PREPARED["tasks"] = prepared.rows.tasks
+    PREPARED["rows"] = order(prepared.rows.tasks, untaught(prepared), prepared.prompt_tokens)
+    PREPARED["tasks"] = [task for task, _ in PREPARED["rows"]]
     engine = ScriptedEngine(EngineSpec("smollm2-135m"))
 
     def make(forecaster: Forecaster | None = None) -> Local:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rollout, "ray", SimpleNamespace(cluster_resources=lambda: {"CPU": 2}))
-            job, _ = rollout.plan_agents(prepared, forecaster or untaught(prepared), "app", Capacity(8192, 8), 1)
+            sizes = Capacity(8192, 8, kv_bytes_token=100, page_tokens=16)
+            job, _ = rollout.plan_agents(prepared, forecaster or untaught(prepared), "app", sizes, 1)
         return Local(prepared, job, tmp_path_factory.mktemp("journal"), engine)
 
     return make
@@ -104,7 +106,7 @@ def content(table: pa.Table) -> list[dict]:
     rows = sorted(table.to_pylist(), key=lambda row: row["row_id"])
     for row in rows:
         row["steps"] = [(step["thought"], step["action"], step["observation"]) for step in row["trajectory"]]
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+    return [{name: value for name, value in row.items() if name not in MAY_DIFFER} for row in rows]
 
 
 class Wrong(Forecaster):
@@ -144,6 +146,14 @@ async def test_finished_rows_teach_the_forecaster_of_their_agent(agents):
     grown = sum(row["peak_tokens"] - row["prompt_tokens"] for row in rows) / len(rows)
     assert abs(after.p50_tokens - 100 - grown) < abs(before.p50_tokens - 100 - grown)
     assert not made.forecaster._running
+
+
+async def test_rows_say_what_was_predicted_of_them(agents):
+    made = agents()
+    rows = {row["row_id"]: row["predicted_peak_bytes"] for row in (await made.run()).to_pylist()}
+    for task, forecast in PREPARED["rows"]:
+        pages = -(-forecast.p95_tokens // 16) - forecast.shared_tokens // 16
+        assert rows[task.row_id] == pages * 16 * 100
 
 
 async def test_every_lease_and_every_page_is_given_back(agents):
