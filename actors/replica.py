@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import ray
 from ray import serve
 
 from actors.engine import build
 from actors.engine.loader import load_tokenizer, resolve, stop_token_ids
-from actors.engine.protocol import Capacity, EngineSpec, Request
+from actors.engine.protocol import Capacity, Engine, EngineSpec, Request
 from actors.errors import NotHome
 from actors.gang import start_ranks, watch
 from actors.ledger import Reporter
@@ -24,6 +25,9 @@ from actors.messages import Call, Numerics, Reply
 from actors.stopping import TurnMatcher
 
 log = logging.getLogger(__name__)
+
+STEP_LIMIT_S = {"gpu": 120.0, "cpu": 600.0}
+"""Ten times and more what the longest prefill step takes."""
 
 
 class Replica:
@@ -45,7 +49,8 @@ class Replica:
         self.tokenizer: Any = load_tokenizer(model.folder, trust_remote_code=spec.trust_remote_code)
         self.stop_token_ids = stop_token_ids(model.folder, trust_remote_code=spec.trust_remote_code)
         ranks = start_ranks(spec, threads) if spec.tp > 1 else []
-        self.engine = build(spec)
+        self.engine: Engine = build(spec)
+        self.step_limit_s = spec.step_limit_s or STEP_LIMIT_S["gpu" if ray.get_gpu_ids() else "cpu"]
         watch(ranks)
         self.id = f"{serve.get_replica_context().replica_id.unique_id}@{os.uname().nodename}"
         self.reporter = Reporter(ledger, pool, self.id, self.engine)
@@ -87,7 +92,16 @@ class Replica:
         return self.engine.numerics, self.engine.capacity()
 
     async def check_health(self) -> None:
-        """Serve replaces a replica whose engine is dead."""
-        if getattr(self.engine, "dead", False):
-            log.error("the engine is dead; this process ends, so that Serve replaces it")
+        """Serve replaces a replica whose engine is dead, or hangs: a kernel that never returns cannot be ended."""
+        if why := broken(self.engine, self.step_limit_s):
+            log.error("%s; this process ends, so that Serve replaces it", why)
             os._exit(1)
+
+
+def broken(engine: Engine, step_limit_s: float) -> str | None:
+    """Why an engine is of no more use; None where it is."""
+    if getattr(engine, "dead", False):
+        return "the engine is dead"
+    if (seconds := engine.step_s()) > step_limit_s:
+        return f"the engine is at one step for {seconds:.0f} s, the limit is {step_limit_s:g} s"
+    return None

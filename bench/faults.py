@@ -37,11 +37,14 @@ from bench.common import device_info, print_table, write_json
 from bench.s3 import BUCKET, s3_server
 from bench.scripted import finished_rows, lines_in, write_suite
 from bench.scripted import script as script_of
+from bench.tiny import write_tiny_model
 from pipeline.tables import filesystem
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 3
 COMPARED = ["row_id", "status", "answer", "score", "num_steps", "trajectory"]
+TIMES = ["queue_s", "prefill_s", "decode_s", "tool_s", "gpu_s"]
+COMPUTED_AGAIN = ["attempts", "prefilled_tokens", "reused_tokens", "max_batch_seen", "observed_peak_bytes"]
 LABEL = {"berth/part": "replica"}
 
 
@@ -54,6 +57,8 @@ class Outcome:
     failed: frozenset[str] = frozenset()
     """Rows that may fail, and must."""
     complete: bool = True
+    without: pd.DataFrame | None = None
+    """Rows of the same run without the fault, where the scripted engine did not make them."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -104,8 +109,15 @@ class Bench:
         """Row ids of the engine's calls, in order."""
         return [line.split()[0] for line in lines_in(self.folder / f"calls-{self.name}")]
 
-    def start(self, *more: str, suite: Path | None = None, out: str | None = None, **script: Any) -> Job:
-        """`berth run` on the cluster; `script` is the scripted engine's."""
+    def start(
+        self,
+        *more: str,
+        suite: Path | None = None,
+        out: str | None = None,
+        config: dict[str, Any] | None = None,
+        **script: Any,
+    ) -> Job:
+        """`berth run` on the cluster; `config` replaces parts of the run's, `script` is the scripted engine's."""
         settings = {"delay_s": 0.2, "max_batch": 8, "count": str(self.folder / f"calls-{self.name}")} | script
         run = {
             "suite": str(suite or self.suite),
@@ -119,18 +131,18 @@ class Bench:
             },
         }
         path = self.folder / f"run-{self.name}.json"  # JSON is YAML
-        path.write_text(json.dumps(run))
+        path.write_text(json.dumps(run | (config or {})))
         return Job(self, [sys.executable, "-m", "pipeline", "run", str(path), *more], self.cluster.env)
 
-    def pids(self, needle: str) -> list[int]:
+    def actors(self, needle: str) -> list[Any]:
         """Living actors of the cluster whose class holds `needle`."""
         found = list_actors(address=self.cluster.jobs, filters=[("state", "=", "ALIVE")], detail=True, limit=1000)
-        return [actor.pid for actor in found if needle in actor.class_name and psutil.pid_exists(actor.pid)]
+        return [actor for actor in found if needle in actor.class_name and psutil.pid_exists(actor.pid)]
 
     def kill(self, needle: str) -> None:
         """kill -9 of one such actor."""
-        [pid, *_] = wait_for(lambda: self.pids(needle), 60)
-        os.kill(pid, signal.SIGKILL)
+        [one, *_] = wait_for(lambda: self.actors(needle), 60)
+        os.kill(one.pid, signal.SIGKILL)
 
     def add_node(self, name: str) -> None:
         """A raylet for replicas."""
@@ -152,9 +164,22 @@ class Bench:
                 one.kill()
         process.wait()
 
+    def node_with_replica(self) -> tuple[str, str]:
+        """Name and id of such a node; a node of the bench may have none, the other then has both."""
+
+        def find() -> tuple[str, str] | None:
+            homes = {actor.pid: actor.node_id for actor in self.actors("ServeReplica:berth")}
+            for name, process in self.nodes.items():
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    if child.pid in homes:
+                        return name, homes[child.pid]
+            return None
+
+        return wait_for(find, 60)
+
     def living_nodes(self) -> list[Any]:
-        """Nodes as the cluster sees them."""
-        return list_nodes(address=self.cluster.jobs, filters=[("state", "=", "ALIVE")], detail=True)
+        """Nodes as the cluster sees them, told apart here: with a filter Ray takes dead nodes for truncated output."""
+        return [node for node in list_nodes(address=self.cluster.jobs, limit=1000) if node.state == "ALIVE"]
 
     def rows_of(self) -> pd.DataFrame:
         """The run's table."""
@@ -250,10 +275,72 @@ def replica(bench: Bench) -> Outcome:
     return _actor(bench, "ServeReplica:berth")
 
 
+@fault(fast=True)
+def hung_step(bench: Bench) -> Outcome:
+    """A step of a replica's engine never ends."""
+    hang = bench.folder / "hang"
+    job = bench.start("--set", "limits.max_step_s=5", hangs=str(hang))
+    job.until_calls(STEPS * bench.rows // 3)
+    before = {one.pid for one in bench.actors("ServeReplica:berth")}
+    hang.touch()
+    wait_for(lambda: not hang.exists(), 60)
+    since = time.monotonic()
+    wait_for(lambda: not all(map(psutil.pid_exists, before)), 60)
+    return Outcome([job.end()], time.monotonic() - since)
+
+
+def _real(bench: Bench, pools: dict[str, Any], victim: str) -> Outcome:
+    """kill -9 of `victim` under a real model in float32; the same run without that comes first."""
+    model = bench.folder / "tiny"
+    if not model.exists():
+        write_tiny_model(model)
+    config = {
+        "model": {"id": str(model), "dtype": "float32"},
+        "engine": "paged",
+        "numerics": "invariant",
+        "agent": {"max_steps": 3, "max_tokens": {"thought": 32, "action": 16, "answer": 16}},
+        "memory": {"max_batch": 4},
+        "pools": pools,
+    }
+    name, bench.name = bench.name, bench.name + "-without"
+    if code := bench.start(config=config).end():
+        raise RuntimeError(f"the run without the fault ended with {code}")
+    found = Outcome(without=bench.rows_of())
+    bench.name = name
+    job = bench.start(config=config)
+    wait_for(lambda: len(finished_rows(bench.out)) >= bench.rows // 4, 300)
+    bench.kill(victim)
+    since, finished = time.monotonic(), len(finished_rows(bench.out))
+    wait_for(lambda: job.process.poll() is not None or len(finished_rows(bench.out)) > finished + 4, 300)
+    found.recover_s = time.monotonic() - since
+    found.ends = [job.end()]
+    if (pd.read_parquet(bench.out / "attempts")["outcome"] == "ok").all():
+        found.problems.append("no attempt was lost: the fault came too late")
+    return found
+
+
+@fault(fast=False)
+def replica_fp32(bench: Bench) -> Outcome:
+    """kill -9 of a replica with a real model: rows equal those without, times and what was computed again aside."""
+    return _real(bench, {"single": {"replicas": 2, "labels": LABEL}}, "ServeReplica:berth")
+
+
+@fault(fast=False)
+def rank(bench: Bench) -> Outcome:
+    """kill -9 of the second rank of a gang."""
+    return _real(bench, {"sharded": {"tensor_parallel_size": 2, "replicas": 1, "labels": LABEL}}, "Rank")
+
+
 @fault(fast=False)
 def journal(bench: Bench) -> Outcome:
     """kill -9 of the journal's actor."""
     return _actor(bench, "Journal")
+
+
+@fault(fast=False)
+def ledger(bench: Bench) -> Outcome:
+    """kill -9 of the ledger's actor."""
+    return _actor(bench, "Ledger")
 
 
 @fault(fast=False)
@@ -267,7 +354,7 @@ def node_removed(bench: Bench) -> Outcome:
     """A node with a replica goes, all at once; another comes."""
     job = bench.start()
     job.until_calls(STEPS * bench.rows // 3)
-    name = next(iter(bench.nodes))
+    name, _ = bench.node_with_replica()
     bench.remove_node(name)
     since, calls = time.monotonic(), len(bench.calls())
     recover_s = bench.recovered(since, calls)
@@ -280,25 +367,10 @@ def node_drained(bench: Bench) -> Outcome:
     """A node with a replica is drained, as a cloud does before it takes a spot machine back."""
     job = bench.start()
     job.until_calls(STEPS * bench.rows // 3)
-    name = next(iter(bench.nodes))
-    mine = {p.pid for p in psutil.Process(bench.nodes[name].pid).children(recursive=True)}
-    replicas = [pid for pid in bench.pids("ServeReplica:berth") if pid in mine]
-    if not replicas:
-        raise RuntimeError("no replica on the node to drain")
-    actors = list_actors(address=bench.cluster.jobs, filters=[("pid", "=", replicas[0])], detail=True)
-    node_id = actors[0].node_id
-    reason = "DRAIN_NODE_REASON_PREEMPTION"
-    options = [
-        "--node-id",
-        node_id,
-        "--reason",
-        reason,
-        "--reason-message",
-        "spot",
-        "--deadline-remaining-seconds",
-        "20",
-    ]
-    drained = bench.cluster.ray("drain-node", "--address", bench.cluster.address, *options)
+    name, node_id = bench.node_with_replica()
+    options = f"--node-id {node_id} --reason DRAIN_NODE_REASON_PREEMPTION --reason-message spot"
+    options += " --deadline-remaining-seconds 20"
+    drained = bench.cluster.ray("drain-node", "--address", bench.cluster.address, *options.split())
     if drained.returncode:
         raise RuntimeError(drained.stdout + drained.stderr)
     since, calls = time.monotonic(), len(bench.calls())
@@ -541,13 +613,28 @@ def judge(bench: Bench, name: str, found: Outcome, baseline: pd.DataFrame) -> di
             found.problems.append(f"failed rows: {sorted(failed)[:5]}, expected {sorted(found.failed)}")
         if any(found.ends):
             found.problems.append(f"ended with {found.ends}")
-        if name != "tools":
+        if found.without is not None:
+            line["equal"] = identical(frame, found.without)
+        elif name != "tools":
             line["equal"] = equal(frame, baseline, found.failed)
-            if not line["equal"]:
-                found.problems.append("rows differ from those of the run without faults")
+        if not line.get("equal", True):
+            found.problems.append("rows differ from those of the run without faults")
     line["holds"] = not found.problems
     line["problems"] = "; ".join(found.problems)
     return line
+
+
+def identical(frame: pd.DataFrame, without: pd.DataFrame) -> bool:
+    """Whether both tables are the same in every column, times and what depends on what was computed again aside."""
+
+    def plain(found: pd.DataFrame) -> list[str]:
+        rows = found.drop(columns=TIMES + COMPUTED_AGAIN).sort_values("row_id").to_dict("records")
+        for row in rows:
+            kept = ("thought", "action", "tool", "arguments", "observation", "tokens")
+            row["trajectory"] = [[step[name] for name in kept] for step in row["trajectory"]]
+        return [repr(row) for row in rows]
+
+    return plain(frame) == plain(without)
 
 
 def equal(frame: pd.DataFrame, baseline: pd.DataFrame, failed: frozenset[str]) -> bool:

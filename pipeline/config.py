@@ -132,6 +132,10 @@ class LimitsConfig(Part):
     max_attempts: PositiveInt = Field(default=3, description="attempts of one row")
     max_hours: PositiveFloat | None = Field(default=None, description="stop in good order after this; exit code 3")
     max_usd: PositiveFloat | None = Field(default=None, description="stop in good order at this cost; needs price")
+    max_step_s: PositiveFloat | None = Field(
+        default=None,
+        description="a replica whose engine is at one step for longer is replaced; null: 120 on a GPU, 600 on a CPU",
+    )
 
 
 class Price(Part):

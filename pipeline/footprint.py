@@ -11,7 +11,7 @@ Forecasts order and place work; they never change a limit or an output. Knows no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from math import ceil, exp, log
 from operator import and_
@@ -19,6 +19,7 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
@@ -26,6 +27,7 @@ from actors.agent import Limits
 from actors.messages import FORECAST_LEVELS, Forecast, Task
 from pipeline.suite import PriorConfig
 from pipeline.tables import RESULTS, RunFacts, read_table
+from pipeline.tasks import PACK, Tasks
 
 MAX_ROWS = 1024
 """Finished rows kept, the newest: 50 KB."""
@@ -198,13 +200,22 @@ def _between(p10_p50_p90: tuple[float, float, float], z: float) -> float:
     return middle * (other / middle) ** (abs(z) / 1.2816)
 
 
-def order(
-    tasks: Iterable[Task], forecaster: Forecaster, prompt_tokens: Mapping[str, int]
-) -> list[tuple[Task, Forecast]]:
+def order(tasks: Tasks, forecaster: Forecaster, prompt_tokens: Mapping[str, int]) -> Iterator[tuple[Task, Forecast]]:
     """Tasks with their forecasts, largest first, so that no giant is left for the end; equals by row id.
 
     Args:
         prompt_tokens: by task id.
     """
-    found = [(task, forecaster.forecast(task, prompt_tokens[task.task_id])) for task in tasks]
-    return sorted(found, key=lambda item: (-item[1].p95_tokens, -item[1].p50_tokens, item[0].row_id))
+
+    def forecast(task: Task) -> Forecast:
+        return forecaster.forecast(task, prompt_tokens[task.task_id])
+
+    sizes = np.fromiter(
+        ((one.p95_tokens, one.p50_tokens) for one in map(forecast, tasks)), np.dtype((np.int64, 2)), len(tasks)
+    )
+    columns = {"p95": sizes[:, 0], "p50": sizes[:, 1], "place": np.arange(len(tasks))}
+    keys = pa.table(columns | {"row_id": tasks.table["row_id"]})
+    by_size = [("p95", "descending"), ("p50", "descending"), ("row_id", "ascending")]
+    places = keys.sort_by(by_size)["place"].to_numpy()
+    for start in range(0, len(places), PACK):
+        yield from ((task, forecast(task)) for task in tasks.at(places[start : start + PACK]))

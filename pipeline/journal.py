@@ -14,13 +14,15 @@ import os
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 from pyarrow import fs
 
 from pipeline.tables import filesystem
+from pipeline.tasks import packed
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,13 @@ MERGE_OBJECTS = 64
 ALONE_WAIT_S = 1.0
 AWAY_S = 600.0
 """How long an object store may be away; a local disk that refuses a write ends the run at once."""
+
+RECORDS = pa.schema(
+    [(name, pa.string()) for name in ("kind", "row_id", "pool", "rung", "replica", "status", "cause")]
+    + [(name, pa.int64()) for name in ("attempt", "predicted_bytes", "kv_bytes")]
+    + [(name, pa.float64()) for name in ("at", "gpu_s", "lost_gpu_s")]
+)
+"""Starts, failures and ends of attempts; of finished rows no more than what they cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,15 +350,18 @@ class Journal:
         write_whole(self.fs, name, bytes(content))
         return starts
 
-    def records(self) -> list[dict[str, Any]]:
-        """All records, in the order of writing; of finished rows no more than what they cost."""
-        found: dict[tuple[str, int, str], dict[str, Any]] = {}
-        for record, _ in self._read_all():
-            if (row := record.pop("row", None)) is not None:
-                record |= {"gpu_s": row.get("gpu_s"), "kv_bytes": row.get("observed_peak_bytes")}
-            if record["kind"] in ("begin", "fail", "finish"):
-                found[record["row_id"], record["attempt"], record["kind"]] = record
-        return list(found.values())
+    def records(self) -> pa.Table:
+        """All records of attempts as RECORDS, in the order of writing; a merge may have left some twice."""
+
+        def told() -> Iterator[dict[str, Any]]:
+            for record, _ in self._read_all():
+                if (row := record.pop("row", None)) is not None:
+                    record |= {"gpu_s": row.get("gpu_s"), "kv_bytes": row.get("observed_peak_bytes")}
+                if record["kind"] in ("begin", "fail", "finish"):
+                    yield record
+
+        packs = (pa.Table.from_pylist(pack, schema=RECORDS) for pack in packed(told()))
+        return pa.concat_tables([RECORDS.empty_table(), *packs])
 
 
 def write_whole(filesystem: fs.FileSystem, path: str, content: bytes) -> None:

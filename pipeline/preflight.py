@@ -24,6 +24,7 @@ from pipeline.config import RunConfig, nearest
 from pipeline.scoring import Scorer, gold_check, load_scorers, version_of
 from pipeline.suite import Reject, Rows, Suite, load_suite, read_rows
 from pipeline.tables import RunFacts
+from pipeline.tasks import packed
 
 UNBOUNDED = 1 << 20
 """Tokens of context for models that name no bound."""
@@ -219,8 +220,10 @@ def count_prompts(
     A few prompts are rendered; for the others only what differs, the user's text, is tokenised, all at once. Where a
     tokenizer joins it with the text around it, a count may be a token off.
     """
-    users = {task.task_id: fill(suite.config.prompt.user, task).strip() for task in tasks if task.sample == 0}
-    counts = dict(zip(users, codec_of(tokenizer).count([f"\n{text}" for text in users.values()]), strict=True))
+    counts: dict[str, int] = {}
+    for pack in packed(task for task in tasks if task.sample == 0):
+        users = [f"\n{fill(suite.config.prompt.user, task).strip()}" for task in pack]
+        counts |= zip((task.task_id for task in pack), codec_of(tokenizer).count(users), strict=True)
     some = tasks[:: max(1, len(tasks) // SHOWN)]
     shown = [transcript(config, suite, tools, tokenizer, task).token_ids for task in some]
     rest = len(shown[0]) - counts[some[0].task_id]

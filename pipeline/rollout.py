@@ -399,6 +399,7 @@ def engine_spec(config: RunConfig) -> EngineSpec:
         budget_fraction=memory.budget_fraction,
         gpu_memory_fraction=memory.gpu_memory_fraction,
         kv_dtype=memory.kv_dtype,
+        step_limit_s=config.limits.max_step_s,
     )
 
 

@@ -19,6 +19,8 @@ from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import groupby, starmap
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +52,12 @@ from pipeline.tables import (
     write_bytes,
     write_table,
 )
+from pipeline.tasks import packed
 
 log = logging.getLogger("berth")
 
 MANIFEST_ROWS = 4096
+BY_ATTEMPT = [("row_id", "ascending"), ("attempt", "ascending")]
 
 
 def execute(prepared: Prepared, screen: Screen, retry: Collection[str] | None = None) -> dict[str, Any]:
@@ -160,10 +164,9 @@ def write_manifest(prepared: Prepared, learned: Forecaster) -> None:
     out, tasks = prepared.config.out, prepared.rows.tasks
     if count_rows(f"{out}/tasks", TASKS) == len(tasks):
         return
-    ordered = order(tasks, learned, prepared.prompt_tokens)
-    for start in range(0, len(tasks), MANIFEST_ROWS):
-        rows = [task_row(task, forecast) for task, forecast in ordered[start : start + MANIFEST_ROWS]]
-        write_table(rows_to_table(rows, TASKS), f"{out}/tasks/tasks-{start // MANIFEST_ROWS:06d}.parquet")
+    rows = starmap(task_row, order(tasks, learned, prepared.prompt_tokens))
+    for part, some in enumerate(packed(rows, MANIFEST_ROWS)):
+        write_table(rows_to_table(some, TASKS), f"{out}/tasks/tasks-{part:06d}.parquet")
 
 
 def forecaster(prepared: Prepared) -> Forecaster:
@@ -294,50 +297,41 @@ def budget(config: RunConfig, gpus: Callable[[], int]) -> Callable[[], bool]:
     return reached
 
 
-def write_attempts(out: str, records: list[dict[str, Any]], page_bytes: int = 0) -> None:
+def write_attempts(out: str, records: pa.Table, page_bytes: int = 0) -> None:
     """attempts/ from the journal, beside what is there: one row for each attempt that began.
 
     Args:
+        records: see `Journal.records`.
         page_bytes: KV bytes a page; 0 for an engine without pages.
     """
-    begun: dict[tuple[str, int], dict[str, Any]] = {}
-    ended: dict[tuple[str, int], dict[str, Any]] = {}
-    for record in records:
-        key = (record["row_id"], record["attempt"])
-        if record["kind"] == "begin":
-            begun[key] = record
-        else:
-            ended.setdefault(key, record)
-    empty = dict.fromkeys(ATTEMPTS.names)
+    told = (row for batch in records.sort_by(BY_ATTEMPT).to_batches(MANIFEST_ROWS) for row in batch.to_pylist())
+    attempts = (_attempt_row(list(some), page_bytes) for _, some in groupby(told, itemgetter("row_id", "attempt")))
+    packs = [rows_to_table(pack, ATTEMPTS) for pack in packed(filter(None, attempts), MANIFEST_ROWS)]
+    new = pa.concat_tables([ATTEMPTS.empty_table(), *packs])
+    keys = ["row_id", "attempt"]
+    before = read_table(f"{out}/attempts", ATTEMPTS).join(new.select(keys), keys, join_type="left anti")
+    write_table(pa.concat_tables([before.cast(ATTEMPTS), new]), f"{out}/attempts/attempts.parquet")
 
-    def row(key: tuple[str, int]) -> dict[str, Any]:
-        start, end = begun[key], ended.get(key, {})
-        return empty | {
-            "row_id": key[0],
-            "attempt": key[1],
-            "started_at": datetime.fromtimestamp(start["at"], UTC),
-            "ended_at": datetime.fromtimestamp(end["at"], UTC) if end else None,
-            "pool": start["pool"],
-            "rung": start["rung"],
-            "replica": end.get("replica"),
-            "outcome": end.get("status", "failed") if end else "lost",
-            "cause": end.get("cause"),
-            "predicted_bytes": start.get("predicted_bytes"),
-            "kv_pages": -(-end["kv_bytes"] // page_bytes) if page_bytes and end.get("kv_bytes") else None,
-            "gpu_s": end.get("gpu_s"),
-            "lost_gpu_s": end.get("lost_gpu_s"),
-        }
 
-    before = read_table(f"{out}/attempts", ATTEMPTS)
-    known = begun.keys()
-    old = [key not in known for key in zip(*(before[name].to_pylist() for name in ("row_id", "attempt")), strict=True)]
-    keys = list(known)
-    parts = [before.filter(pa.array(old, pa.bool_()))]
-    parts += [
-        rows_to_table([row(key) for key in keys[start : start + MANIFEST_ROWS]], ATTEMPTS)
-        for start in range(0, len(keys), MANIFEST_ROWS)
-    ]
-    write_table(pa.concat_tables(parts), f"{out}/attempts/attempts.parquet")
+def _attempt_row(records: list[dict[str, Any]], page_bytes: int) -> dict[str, Any] | None:
+    """The row of one attempt; None where its start is not on record."""
+    start = next((record for record in records if record["kind"] == "begin"), None)
+    end = next((record for record in records if record["kind"] != "begin"), None)
+    if start is None:
+        return None
+    row = dict.fromkeys(ATTEMPTS.names) | {name: start[name] for name in ("row_id", "attempt", "pool", "rung")}
+    row |= {"started_at": datetime.fromtimestamp(start["at"], UTC), "predicted_bytes": start["predicted_bytes"]}
+    if end is None:
+        return row | {"outcome": "lost"}
+    return row | {
+        "ended_at": datetime.fromtimestamp(end["at"], UTC),
+        "replica": end["replica"],
+        "outcome": end["status"] or "failed",
+        "cause": end["cause"],
+        "kv_pages": -(-end["kv_bytes"] // page_bytes) if page_bytes and end["kv_bytes"] else None,
+        "gpu_s": end["gpu_s"],
+        "lost_gpu_s": end["lost_gpu_s"],
+    }
 
 
 def finish(prepared: Prepared, info: dict[str, Any]) -> dict[str, Any]:

@@ -12,12 +12,19 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from actors.errors import InputError
 from actors.messages import Task, Trajectory
+
+SCORER_S = 60.0
+"""Seconds that a scorer of one's own may take for one trajectory."""
+MAX_HUNG = 16
+"""Calls that hang past their limit in one process at which scorers of one's own are not called any more."""
 
 Score = Callable[[Trajectory, tuple[str, ...]], Mapping[str, float]]
 
@@ -215,8 +222,15 @@ def score(trajectory: Trajectory, scorers: Sequence[Scorer], primary: str) -> Sc
 
 
 def _run(scorer: Scorer, trajectory: Trajectory, taken: Mapping[str, float] = {}) -> dict[str, float]:
-    """The scorer's metrics, checked; raises what it raises, or ValueError for what is not {name: finite number}."""
-    said: Any = scorer.function(trajectory, trajectory.task.gold)
+    """The scorer's metrics, checked.
+
+    Raises:
+        ValueError: what it gave is not {name: finite number}.
+        TimeoutError: it gave nothing within SCORER_S.
+        Exception: what it raises.
+    """
+    gold = trajectory.task.gold
+    said: Any = scorer.function(trajectory, gold) if scorer.builtin else _in_time(scorer.function, trajectory, gold)
     if not isinstance(said, Mapping) or not all(isinstance(name, str) for name in said):
         raise ValueError(f"gave {type(said).__name__} {str(said)[:80]}, wants {{metric: number}}")
     if twice := taken.keys() & said.keys():
@@ -225,6 +239,30 @@ def _run(scorer: Scorer, trajectory: Trajectory, taken: Mapping[str, float] = {}
     if bad := [name for name, value in values.items() if not math.isfinite(value)]:
         raise ValueError(f"metric {bad} is not finite")
     return values
+
+
+_hung: list[Thread] = []
+
+
+def _in_time(function: Score, trajectory: Trajectory, gold: tuple[str, ...]) -> Any:
+    """What the function returns or raises; Python cannot stop a thread, so one that hangs is left behind."""
+    _hung[:] = [thread for thread in _hung if thread.is_alive()]
+    if len(_hung) >= MAX_HUNG:
+        raise TimeoutError(f"not called: {len(_hung)} calls hang past their limit of {SCORER_S:g} s")
+    outcome: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(function(trajectory, gold))
+        except BaseException as e:  # the caller's to handle
+            outcome.set_exception(e)
+
+    thread = Thread(target=work, name="berth-scorer", daemon=True)
+    thread.start()
+    if not wait([outcome], SCORER_S).done:
+        _hung.append(thread)
+        raise TimeoutError(f"no result after {SCORER_S:g} s")
+    return outcome.result()
 
 
 def gold_check(tasks: Iterable[Task], scorers: Sequence[Scorer], primary: str) -> list[GoldFailure]:

@@ -22,6 +22,7 @@ from pydantic import Field, PositiveInt, field_validator
 from actors.errors import InputError
 from actors.messages import Task
 from pipeline.config import Part, RunConfig, absolute, nearest, parse, read_yaml
+from pipeline.tasks import Tasks
 
 MAX_TEXT_BYTES = 1 << 20
 
@@ -142,7 +143,7 @@ class Reject:
 class Rows:
     """What the data file held, in its order."""
 
-    tasks: tuple[Task, ...]
+    tasks: Tasks
     rejects: tuple[Reject, ...]
     sha: str
 
@@ -194,10 +195,17 @@ def read_rows(suite: Suite, run: RunConfig) -> Rows:
     Raises:
         InputError: no such file, an unknown kind of file, a duplicate id, or no row at all.
     """
-    tasks: list[Task] = []
     rejects: list[Reject] = []
-    lines: dict[str, int] = {}
     digest = hashlib.sha256()
+    tasks = Tasks(_tasks(suite, run, rejects, digest))
+    if not tasks and not rejects:
+        raise InputError("no rows", file=suite.data, wants="at least one")
+    return Rows(tasks, tuple(rejects), digest.hexdigest()[:16])
+
+
+def _tasks(suite: Suite, run: RunConfig, rejects: list[Reject], digest: Any) -> Iterator[Task]:
+    """The tasks; the rows that are none go to `rejects`, what was read to `digest`."""
+    lines: dict[str, int] = {}
     for line, raw, row in raw_rows(suite):
         if run.limit is not None and len(lines) >= run.limit:
             break
@@ -218,10 +226,7 @@ def read_rows(suite: Suite, run: RunConfig) -> Rows:
                 wants="an id that no other row has",
             )
         lines[task.task_id] = line
-        tasks += [_sample(task, sample, run.seed) for sample in range(run.samples)]
-    if not tasks and not rejects:
-        raise InputError("no rows", file=suite.data, wants="at least one")
-    return Rows(tuple(tasks), tuple(rejects), digest.hexdigest()[:16])
+        yield from (_sample(task, sample, run.seed) for sample in range(run.samples))
 
 
 def _sample(task: Task, sample: int, seed: int) -> Task:

@@ -77,7 +77,7 @@ RESULTS = _schema(
     (_I32, "schema_version!"),
 )
 
-TASKS = _schema(
+TASK = _schema(
     (_TEXT, "row_id! task_id!"),
     (_I32, "sample!"),
     (_I64, "seed!"),
@@ -85,9 +85,15 @@ TASKS = _schema(
     (pa.list_(_TEXT), "gold!"),
     (_STRINGS, "metadata!"),
     (_TEXT, "row!"),
+)
+"""A task alone; TASKS is the manifest, with its forecast."""
+
+_FORECAST = _schema(
     (_I64, "prompt_tokens shared_tokens p50_tokens p95_tokens p50_steps predicted_peak_bytes"),
     (pa.list_(_I64), "quantile_tokens"),
 )
+
+TASKS = pa.schema([*TASK, *_FORECAST], metadata=TASK.metadata)
 
 ATTEMPTS = _schema(
     (_TEXT, "row_id!"),
@@ -215,10 +221,8 @@ def trajectory_from_row(row: Mapping[str, Any], task: Mapping[str, Any] | None =
     )
 
 
-def task_row(
-    task: Task, forecast: Forecast | None = None, *, predicted_peak_bytes: int | None = None
-) -> dict[str, Any]:
-    """One row of the manifest `tasks/`; the whole data row goes in as JSON."""
+def bare_row(task: Task) -> dict[str, Any]:
+    """A row of TASK; the whole data row goes in as JSON."""
     return {
         "row_id": task.row_id,
         "task_id": task.task_id,
@@ -228,6 +232,15 @@ def task_row(
         "gold": list(task.gold),
         "metadata": dict(task.metadata),
         "row": json.dumps(dict(task.row), ensure_ascii=False, default=str),
+    }
+
+
+def task_row(
+    task: Task, forecast: Forecast | None = None, *, predicted_peak_bytes: int | None = None
+) -> dict[str, Any]:
+    """A row of the manifest `tasks/`."""
+    return {
+        **bare_row(task),
         "predicted_peak_bytes": predicted_peak_bytes,
         **{item.name: getattr(forecast, item.name, None) for item in fields(Forecast)},
     }

@@ -2,11 +2,13 @@
 
 Each trajectory searches twice and finishes at its third step. `BERTH_SCRIPT` (JSON) adds delays and faults: `delay_s`
 before each answer, `max_batch`, `count` (a file that gets a line for each call), `killer` (a row id that ends the
-process), `budgets`: pages of PAGE tokens that each replica has, in the order of their starts. What a trajectory holds
-it holds until `end`; a call that needs more than is left fails, and each stands in the file `log`.
+process), `hangs` (a file: the engine that takes it away answers no more), `budgets`: pages of PAGE tokens that each
+replica has, in the order of their starts. What a trajectory holds it holds until `end`; a call that needs more than is
+left fails, and each stands in the file `log`.
 """
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -37,6 +39,7 @@ class ScriptedEngine:
         self.answers: dict[int, tuple[int, ...]] = {}
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.hung_since: float | None = None
         self.held: dict[str, int] = {}
         self.budget = self._budget() if "budgets" in self.script else 0
 
@@ -74,6 +77,12 @@ class ScriptedEngine:
             self.answers[step] = tuple(self.tokenizer.encode(text, add_special_tokens=False))
         if request.sequence_id == self.script.get("killer"):
             os._exit(1)
+        if (path := self.script.get("hangs")) and self.hung_since is None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+                self.hung_since = time.monotonic()
+        if self.hung_since is not None:
+            return future
         ids = self.answers[step]
         if self.budget and not self._hold(request.sequence_id, len(request.token_ids) + len(ids)):
             future.set_exception(OutOfMemory("over the budget"))
@@ -100,6 +109,9 @@ class ScriptedEngine:
         free = self.budget - sum(self.held.values())
         held = {"kv_bytes_token": 1, "pages_total": self.budget, "pages_free": free, "page_tokens": PAGE}
         return replace(sizes, **held) if self.budget else sizes
+
+    def step_s(self) -> float:
+        return 0.0 if self.hung_since is None else time.monotonic() - self.hung_since
 
     def shrink(self, max_batch: int) -> None:
         pass

@@ -114,6 +114,7 @@ class PagedEngine:
         self._evictions_before = 0  # in pools that were replaced
         self._good_steps = 0
         self._failing = False  # the last step failed
+        self._since_s: float | None = None  # when the step under way began
         self._mail: SimpleQueue[Row | str | None] = SimpleQueue()  # a row: queue it, or drop it if cancelled
         self._closed = False
         self._lock = threading.Lock()  # between `_closed` and the mail
@@ -166,6 +167,11 @@ class PagedEngine:
             waiting=len(scheduler.waiting) + self._mail.qsize(),
         )
 
+    def step_s(self) -> float:
+        """See `protocol.Engine.step_s`."""
+        since_s = self._since_s
+        return 0.0 if since_s is None else self._clock() - since_s
+
     def shrink(self, max_batch: int) -> None:
         """See `protocol.Engine.shrink`; never widens what the engine was made with."""
         prefill, batch, decode = self._limits
@@ -203,9 +209,11 @@ class PagedEngine:
         error: BaseException = EngineDead("the engine was closed")
         try:
             while self._read_mail():
+                self._since_s = self._clock()
                 work = self.scheduler.plan()
                 if work:
                     self._step(work)
+                self._since_s = None
         except BaseException as e:
             log.critical("the engine is dead: %s", e, exc_info=not isinstance(e, EngineDead))
             error, self.dead = e, True

@@ -65,6 +65,7 @@ class EngineSpec:
         kv_pages: KV pages; None takes what the budget leaves.
         tp: ranks that the model is split over, one process each.
         rank_deadline_s: how long a rank waits for the others before it takes one for dead.
+        step_limit_s: how long a step may run before the engine is taken for hung; None leaves it to the replica.
     """
 
     model: str
@@ -86,6 +87,7 @@ class EngineSpec:
     kv_pages: int | None = None
     tp: int = 1
     rank_deadline_s: float = 60.0
+    step_limit_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +198,11 @@ class Engine(Protocol):
 
     def shrink(self, max_batch: int) -> None:
         """Decode at most `max_batch` rows together from the next step on."""
+        ...
+
+    def step_s(self) -> float:
+        """Seconds that the step under way has run so far; 0.0 where none is. A step is what must end by itself in
+        bounded time however much is queued: one forward, with the delivery of what it gave."""
         ...
 
     def close(self) -> None:

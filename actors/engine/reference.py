@@ -166,7 +166,7 @@ class _Batch:
         self.active = [True] * len(rows)
         self.drawn: list[tuple[int, float]] = []
         self.fresh = True
-        self.clock = time.monotonic()
+        self.clock = engine.since_s = time.monotonic()
         sampling = [row.request.sampling for row in rows]
         self.seeds_B = torch.tensor([wrap_seed(s.seed) for s in sampling], device=device)
         # None spares the work of a filter that no row uses
@@ -199,6 +199,7 @@ class _Batch:
         """Commit the step's tokens; which rows are done, in order."""
         now = time.monotonic()
         share_s, self.clock = (now - self.clock) / max(1, sum(self.active)), now
+        self.engine.since_s = now
         for index, (row, (token, logprob)) in enumerate(zip(self.rows, self.drawn, strict=True)):
             if not self.active[index]:
                 continue
@@ -276,6 +277,7 @@ class ReferenceEngine:
         self.numerics = _numerics(model, revision, numerics)
         self.stop_token_ids = stop_token_ids
         self.dead: str | None = None  # why the engine cannot go on
+        self.since_s: float | None = None  # when the step under way began
         self._max_batch = 1 if numerics == "invariant" else max(1, max_batch)
         self._bound = self._max_batch  # halved by an out-of-memory, grows back
         self._gather_s = gather_s
@@ -330,6 +332,11 @@ class ReferenceEngine:
             running = sum(not row.future.done() for row in self._running)
             return Capacity(self.max_model_len, self._max_batch, running=running, waiting=len(self._queue))
 
+    def step_s(self) -> float:
+        """Seconds since the batch that is under way drew its last tokens, or began; 0.0 where none is."""
+        since_s = self.since_s
+        return 0.0 if since_s is None else time.monotonic() - since_s
+
     def shrink(self, max_batch: int) -> None:
         """At most `max_batch` rows together, from the next batch on; never more than before."""
         with self._changed:
@@ -358,6 +365,7 @@ class ReferenceEngine:
     def _loop(self) -> None:
         while rows := self._admit():
             error = self._generate(rows)
+            self.since_s = None
             left = [row for row in rows if not row.future.done()]
             if error is None:
                 self._bound = min(self._bound + 1, self._max_batch)

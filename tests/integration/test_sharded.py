@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from actors.engine.loader import load_tokenizer
 from bench.clusters import wait_for
 from bench.scripted import finished_rows
+from bench.tiny import write_tiny_model
 from tests.integration.test_run import ROOT, children, command, rows_of, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -21,25 +19,8 @@ GANG = ["--set", "pools={sharded: {tensor_parallel_size: 2, replicas: 1}}"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, smollm2) -> Path:
-    """A seeded Llama with 4 KV heads and SmolLM2's tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = load_tokenizer(smollm2)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=8192,
-        initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+def model(tmp_path_factory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def sharded(out: Path, model: Path, rows: int) -> list[str]:

@@ -88,7 +88,7 @@ def agents(tmp_path_factory):
     """Makes Agents of 6 rows with this forecaster."""
     folder = tmp_path_factory.mktemp("suite")
     prepared = prepare(load_run(write_run(folder, 6)))
-    PREPARED["rows"] = order(prepared.rows.tasks, untaught(prepared), prepared.prompt_tokens)
+    PREPARED["rows"] = list(order(prepared.rows.tasks, untaught(prepared), prepared.prompt_tokens))
     PREPARED["tasks"] = [task for task, _ in PREPARED["rows"]]
     engine = ScriptedEngine(EngineSpec("smollm2-135m"))
 

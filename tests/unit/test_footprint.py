@@ -29,6 +29,7 @@ from pipeline.tables import (
     task_from_row,
     write_table,
 )
+from pipeline.tasks import Tasks
 
 LIMITS = Limits(max_steps=8, trajectory_tokens=2048, context_tokens=4096, answer_tokens=160)
 PRIOR = PriorConfig(steps=(2, 4, 6), tokens_per_step=(35, 55, 90))
@@ -149,11 +150,11 @@ def test_the_same_rows_give_the_same_forecast(rows, prompt_tokens):
 def test_largest_first_and_equals_by_row_id(questions):
     tasks = [replace(task(f"q{i}"), sample=sample) for i in range(len(questions)) for sample in (1, 0)]
     counts = {f"q{i}": 700 + question for i, question in enumerate(questions)}
-    ordered = order(tasks, taught([]), counts)
+    ordered = list(order(Tasks(tasks), taught([]), counts))
     assert sorted(t.row_id for t, _ in ordered) == sorted(t.row_id for t in tasks)
     keys = [(-f.p95_tokens, -f.p50_tokens, t.row_id) for t, f in ordered]
     assert keys == sorted(keys)
-    assert order(tasks[::-1], taught([]), counts) == ordered
+    assert list(order(Tasks(tasks[::-1]), taught([]), counts)) == ordered
 
 
 def test_past_tables_teach_where_suite_and_model_are_the_same(tmp_path):

@@ -1,6 +1,7 @@
 """The paged engine on a scripted runner, whose tokens are a function of what its pages hold: a wrong page table, a page
 written by two, or a lost token gives other tokens than `expected`, which knows of no pages."""
 
+import asyncio
 import random
 import threading
 import time
@@ -651,3 +652,27 @@ def test_it_is_not_waited_for_for_ever(monkeypatch):
         with pytest.raises(OutOfMemory, match="failed alone"):
             paged.submit(request("s", [1] * 30)).result(TIMEOUT_S)
         assert paged.events["waits"] in (10, 11)  # of 0.01 s each
+
+
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments")  # ray.serve's own, at import
+def test_a_replica_whose_engine_is_at_one_step_for_too_long_ends_its_process(monkeypatch):
+    from actors import replica
+
+    ended = []
+    monkeypatch.setattr(replica.os, "_exit", ended.append)
+    mine = replica.Replica.__new__(replica.Replica)  # its own start wants Serve
+    mine.step_limit_s = 0.05
+    with engine() as (mine.engine, runner):
+        answer(mine.engine, "a", [1, 2, 3])
+        settled(lambda: mine.engine.step_s() == 0.0)
+        runner.gate.clear()
+        future = mine.engine.submit(request("a", [1, 2, 3]))
+        settled(lambda: mine.engine.step_s() > 0.05)
+        assert replica.broken(mine.engine, 60.0) is None
+        asyncio.run(mine.check_health())
+        assert ended == [1]
+        runner.gate.set()
+        future.result(TIMEOUT_S)
+        settled(lambda: replica.broken(mine.engine, 0.0) is None)
+        asyncio.run(mine.check_health())
+        assert ended == [1]

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.journal import Journal
+from pipeline.journal import RECORDS, Journal
 from pipeline.resume import attempts_so_far, failed_rows, reconcile, reopen, write_checkpoint
 from pipeline.run import write_attempts
 
@@ -102,6 +102,6 @@ def test_reopened_rows_leave_the_table_and_the_journal(tmp_path):
 
 def test_attempts_go_on_from_the_table(tmp_path):
     begin = {"kind": "begin", "row_id": "a/0", "at": 1.0, "pool": "p", "rung": "r"}
-    write_attempts(str(tmp_path), [begin | {"attempt": n} for n in (1, 2, 3)])
+    write_attempts(str(tmp_path), pa.Table.from_pylist([begin | {"attempt": n} for n in (1, 2, 3)], schema=RECORDS))
     assert attempts_so_far(str(tmp_path), set()) == {"a/0": 3}
     assert attempts_so_far(str(tmp_path), {"a/0"}) == {}

@@ -8,6 +8,7 @@ import pytest
 from actors.errors import Incomplete, InputError
 from pipeline import run as module
 from pipeline.config import RunConfig
+from pipeline.journal import RECORDS
 from pipeline.run import budget, difference, error_types, run_info, write_attempts
 from pipeline.tables import ATTEMPTS, read_table
 
@@ -50,10 +51,14 @@ def record(kind, attempt, **more):
     return {"kind": kind, "row_id": "a/0", "attempt": attempt, "at": 1.0 + attempt} | place | more
 
 
+def records(*told):
+    return pa.Table.from_pylist(list(told), schema=RECORDS)
+
+
 def test_attempts_tell_what_became_of_each(tmp_path):
     write_attempts(
         str(tmp_path),
-        [
+        records(
             record("begin", 1),
             record("fail", 1, cause="ActorDiedError: gone"),
             record("begin", 2),
@@ -62,7 +67,7 @@ def test_attempts_tell_what_became_of_each(tmp_path):
             record("finish", 3, status="failed"),
             record("begin", 4),
             record("finish", 4, status="ok"),
-        ],
+        ),
     )
     rows = read_table(tmp_path / "attempts", ATTEMPTS).to_pylist()
     assert [(row["outcome"], row["cause"]) for row in rows] == [
@@ -101,15 +106,15 @@ def test_all_rows_without_a_summary_only_need_the_report(tmp_path, monkeypatch):
 
 def test_attempts_tell_what_was_predicted_and_what_was_used(tmp_path):
     begun = record("begin", 1) | {"predicted_bytes": 4096}
-    write_attempts(str(tmp_path), [begun, record("finish", 1, status="ok", gpu_s=0.5, kv_bytes=2049)], page_bytes=1024)
+    write_attempts(str(tmp_path), records(begun, record("finish", 1, status="ok", gpu_s=0.5, kv_bytes=2049)), 1024)
     [row] = read_table(tmp_path / "attempts", ATTEMPTS).to_pylist()
     assert (row["predicted_bytes"], row["kv_pages"], row["gpu_s"]) == (4096, 3, 0.5)
 
 
 def test_attempts_of_earlier_runs_stay(tmp_path):
-    first = [record("begin", 1), record("fail", 1, cause="gone")]
+    first = records(record("begin", 1), record("fail", 1, cause="gone"))
     write_attempts(str(tmp_path), first)
-    write_attempts(str(tmp_path), [record("begin", 2), record("finish", 2, status="ok")])
+    write_attempts(str(tmp_path), records(record("begin", 2), record("finish", 2, status="ok")))
     rows = read_table(tmp_path / "attempts", ATTEMPTS).to_pylist()
     assert [(row["attempt"], row["outcome"]) for row in rows] == [(1, "failed"), (2, "ok")]
 

@@ -1,4 +1,5 @@
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -219,3 +220,18 @@ def test_versions_tell_scorers_apart_and_are_stable():
     assert len({scorer.version for scorer in loaded}) == 3
     assert version_of(loaded) == version_of(load_scorers(list(scoring.BUILTIN), "."))
     assert version_of(loaded).startswith("exact_match@")
+
+
+def test_a_scorer_that_hangs_leaves_an_error_and_is_given_up_after_some_calls(monkeypatch):
+    monkeypatch.setattr(scoring, "SCORER_S", 0.05)
+    monkeypatch.setattr(scoring, "MAX_HUNG", 2)
+    go_on = threading.Event()
+    scorers = [*load_scorers(["exact_match"], "."), custom(lambda *_: go_on.wait() and {"cite": 1.0})]
+    found = [scoring.score(said("x", "x"), scorers, "exact_match") for _ in range(3)]
+    assert [one.score for one in found] == [1.0, 1.0, 1.0]
+    assert ["no result after 0.05 s" in one.error for one in found] == [True, True, False]
+    assert "not called: 2 calls hang" in found[2].error
+    go_on.set()
+    for thread in list(scoring._hung):
+        thread.join(20)
+    assert scoring.score(said("x", "x"), scorers, "cite").score == 1.0
