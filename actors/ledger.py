@@ -23,6 +23,7 @@ from ray.exceptions import RayError
 from actors.engine.protocol import Capacity, Engine
 from actors.errors import Fenced
 from actors.messages import Ask, Call, Forecast, Lease, Resident, Usage
+from actors.metrics import LedgerMetrics, ReplicaMetrics
 from actors.placement import Placement
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,8 @@ class Ledger:
         self.waiting: dict[str, asyncio.Future[None]] = {}
         restarted = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
         self.settled_s = time.monotonic() + (settle_s if restarted else 0.0)
+        self.metrics = LedgerMetrics()
+        self.measured: defaultdict[str, set[str]] = defaultdict(set)
         self._soon: asyncio.TimerHandle | None = None
         self._watching: asyncio.Task[None] | None = None
 
@@ -182,10 +185,15 @@ class Ledger:
         charged: dict[str, float] = {}
         rows: dict[str, int] = {}
         for pool in self.core.pools.values():
-            for replica, r in pool.index.items():
-                charged[replica] = float(pool.charged[r, 0, 0]) / 256 + float(pool.shared[r])
-                rows[replica] = int(pool.residents[r])
+            charged |= pool.charged_pages()
+            rows |= {replica: int(pool.residents[r]) for replica, r in pool.index.items()}
         return {"leases": len(self.core.where), "charged_pages": charged, "rows": rows, "homes": dict(self.homes)}
+
+    def _measure(self) -> None:
+        for name, pool in self.core.pools.items():
+            charged = dict.fromkeys(self.measured[name], 0.0) | pool.charged_pages()  # none at a replica that is gone
+            self.metrics.tell(name, int(pool.residents[list(pool.index.values())].sum()), pool.queued, charged)
+            self.measured[name] = set(pool.index)
 
     def _place_soon(self) -> None:
         loop = asyncio.get_running_loop()
@@ -219,6 +227,7 @@ class Ledger:
                 if home is not None:
                     self.orders[home].append(row_id)
             self._place_soon()
+            self._measure()
 
 
 def start(name: str, pools: Mapping[str, int | None], **options: float) -> Any:
@@ -290,6 +299,7 @@ class Reporter:
         self.residents: dict[str, Resident] = {}
         self.running: Counter[str] = Counter()
         self.prefilled, self.prefill_s = 0, 0.0
+        self.metrics = ReplicaMetrics(pool, replica)
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -339,6 +349,7 @@ class Reporter:
         ask_all = False
         ledger: Any = None
         while True:
+            self.metrics.tell(self.engine.capacity(), getattr(self.engine, "events", {}))
             try:
                 ledger = ledger or find(self.ledger)
                 orders: Orders = await ledger.report.remote(self.report(all_residents=ask_all))

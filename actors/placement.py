@@ -178,6 +178,10 @@ class Pool:
         """Pages of the largest live replica."""
         return float(self.pages.max(initial=0.0))
 
+    def charged_pages(self) -> dict[str, float]:
+        """Pages that the residents of each replica are expected to hold now, shared ones once."""
+        return {replica: self.charged[r, 0, 0] / _UNIT + self.shared[r] for replica, r in self.index.items()}
+
     def replica_up(self, replica: str, pages: int, slots: int, refill_s: float = np.inf) -> None:
         """A replica joins, or says its sizes again."""
         r = self.index.get(replica)
