@@ -19,6 +19,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine.protocol import Capacity, Engine
 from actors.errors import Fenced
@@ -231,11 +232,14 @@ class Ledger:
 
 
 def start(name: str, pools: Mapping[str, int | None], **options: float) -> Any:
-    """Start the actor under a name that replicas and agents find it by; it restarts as often as it dies."""
+    """Start the actor under a name that replicas find it by, beside this process, with which it ends; until then it
+    restarts as often as it dies, and requests wait for it."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    endless = {"max_restarts": -1, "max_task_retries": -1, "max_concurrency": 100_000}
     actor: Any = ray.remote(Ledger)
-    return actor.options(
-        name=name, namespace=NAMESPACE, num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=100_000
-    ).remote(pools, **options)
+    return actor.options(name=name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here, **endless).remote(
+        pools, **options
+    )
 
 
 def find(name: str) -> Any:
