@@ -118,19 +118,20 @@ class Ledger:
     async def do(self, requests: Sequence[tuple[str, tuple[Any, ...]]]) -> list[Any]:
         """Several `ask`, `replied` and `end` at once, (name, arguments) each, in order: a Lease or None, or Fenced as a
         value. Waits for nobody: None to an `ask` means that `acquire` has to."""
-        answers: list[Any] = []
-        for name, arguments in requests:
-            try:
-                answers.append(getattr(self, name)(*arguments))
-            except Fenced as e:
-                answers.append(e)
+        answers = [self._answer(getattr(self, name), arguments) for name, arguments in requests]
         new = [i for i, (name, _) in enumerate(requests) if name == "ask" and answers[i] is None]
         if new and time.monotonic() >= self.settled_s:
             self._place()
             for i in new:
-                answers[i] = self._granted(requests[i][1][0])
+                answers[i] = self._answer(self._granted, requests[i][1])
         self._place_soon()
         return answers
+
+    def _answer(self, method: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        try:
+            return method(*arguments)
+        except Fenced as e:
+            return e
 
     def ask(self, ask: Ask) -> Lease | None:
         """The lease of a trajectory if it has one.
@@ -162,7 +163,7 @@ class Ledger:
         """The lease; a home that the row has left frees its pages."""
         if lease is not None and lease.replica is not None:
             before = self.homes.get(ask.row_id, lease.replica)
-            if before != lease.replica:
+            if before != lease.replica and before in self.heard:
                 self.orders[before].append(ask.row_id)
             self.homes[ask.row_id] = lease.replica
         return lease

@@ -561,9 +561,8 @@ class Pool:
     def replied(self, row_id: str, attempt: int, tokens: int, now_s: float) -> None:
         """A row's call is answered: it holds so many tokens and waits for its tool."""
         row = self.slot.get(row_id)
-        if (
-            row is not None and self.attempt[row] == attempt and tokens >= self.tokens[row]
-        ):  # else the next call was first
+        known = row is not None and self.attempt[row] == attempt
+        if known and tokens >= self.tokens[row]:  # fewer: the next call has overtaken this news
             one = np.array([row])
             self.advance(one, np.array([float(tokens)]), 1)
             self.waits(one, now_s)
