@@ -178,6 +178,10 @@ class Pool:
         """Pages of the largest live replica."""
         return float(self.pages.max(initial=0.0))
 
+    def charged_pages(self) -> dict[str, float]:
+        """Pages that the residents of each replica are expected to hold now, shared ones once."""
+        return {replica: self.charged[r, 0, 0] / _UNIT + self.shared[r] for replica, r in self.index.items()}
+
     def replica_up(self, replica: str, pages: int, slots: int, refill_s: float = np.inf) -> None:
         """A replica joins, or says its sizes again."""
         r = self.index.get(replica)
@@ -557,9 +561,8 @@ class Pool:
     def replied(self, row_id: str, attempt: int, tokens: int, now_s: float) -> None:
         """A row's call is answered: it holds so many tokens and waits for its tool."""
         row = self.slot.get(row_id)
-        if (
-            row is not None and self.attempt[row] == attempt and tokens >= self.tokens[row]
-        ):  # else the next call was first
+        known = row is not None and self.attempt[row] == attempt
+        if known and tokens >= self.tokens[row]:  # fewer: the next call has overtaken this news
             one = np.array([row])
             self.advance(one, np.array([float(tokens)]), 1)
             self.waits(one, now_s)

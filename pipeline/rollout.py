@@ -200,9 +200,7 @@ class Attempts:
 
     async def run(self, begun: Begin) -> dict[str, Any] | None:
         """The row that counts; None where the run is stopping."""
-        if (
-            begun.row is not None or begun.exhausted
-        ):  # the agent that had it may have died before it gave its lease back
+        if begun.row is not None or begun.exhausted:  # an agent that died may have left its lease
             self.agents.end(self.task.row_id, begun.attempt, "")
         if begun.row is not None or begun.stop:
             return begun.row
