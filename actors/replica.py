@@ -27,7 +27,7 @@ from actors.stopping import TurnMatcher
 log = logging.getLogger(__name__)
 
 STEP_LIMIT_S = {"gpu": 120.0, "cpu": 600.0}
-"""Ten times and more what the longest prefill step takes."""
+"""Seconds. On an H100 a prefill step of an 8B model takes under one; a CPU may be slow, and shared."""
 
 
 class Replica:

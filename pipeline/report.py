@@ -41,6 +41,7 @@ Frame = Any
 """A pandas DataFrame. pandas ships no stubs, and pyright cannot tell its columns from its frames."""
 
 _LARGE = {"answer", "raw_answer", "gold", "trajectory"}
+_UNREAD = {"data_sha", "prompt_sha", "template_sha", "tool_sha", "scorer_version", "schema_version", "seed"}
 _NUMERICS = ["engine", "kernel", "dtype", "kv_dtype", "weights_dtype", "tp", "model_revision", "reproducible"]
 _SIZES = ["num_steps", "prompt_tokens", "generated_tokens", "prefilled_tokens", "reused_tokens", "tool_calls"]
 _TIMES = ["queue_s", "prefill_s", "decode_s", "tool_s"]
@@ -99,10 +100,12 @@ class _Run:
         scorers = self.suite.get("scorers") or ["score"]
         self.primary: str = self.suite.get("primary") or str(scorers[0]).rpartition(":")[2]
         table = tables.read_results(
-            f"{self.base}/results", [name for name in tables.RESULTS.names if name not in _LARGE]
+            f"{self.base}/results", [name for name in tables.RESULTS.names if name not in _LARGE | _UNREAD]
         )
         self.scores, self.metadata = table["scores"], table["metadata"]
-        frame: Frame = table.drop_columns(["scores", "metadata"]).to_pandas()
+        table = table.drop_columns(["scores", "metadata"])
+        frame: Frame = table.to_pandas(split_blocks=True, self_destruct=True)  # each column goes as it is taken over
+        del table
         frame["tp"] = frame["tp"].astype("Int64")
         frame["failed"] = frame["status"] == "failed"
         frame["infra"] = frame["failed"] & (frame["error_type"] == "infra")
