@@ -2,7 +2,8 @@
 
 Each trajectory searches twice and finishes at its third step. `BERTH_SCRIPT` (JSON) adds delays and faults: `delay_s`
 before each answer, `max_batch`, `count` (a file that gets a line for each call), `killer` (a row id that ends the
-process).
+process), `oom` (row id → from which step on it needs more than how many ranks), `load` (ranks that the weights need at
+least). A gang's other ranks do nothing.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from concurrent.futures import Future
 
 from actors.engine.loader import load_tokenizer, resolve
 from actors.engine.protocol import Capacity, EngineSpec, Request
+from actors.errors import OutOfMemory
 from actors.messages import Generation, Numerics, Usage
 
 STEPS = 3
@@ -27,8 +29,13 @@ class ScriptedEngine:
 
     def __init__(self, spec: EngineSpec):
         self.tokenizer = load_tokenizer(resolve(spec.model, spec.revision).folder)
-        self.numerics = Numerics("scripted", "none", "float32", "float32", "float32", 1, spec.revision or "", True)
+        self.tp = spec.tp
+        self.numerics = Numerics(
+            "scripted", "none", "float32", "float32", "float32", self.tp, spec.revision or "", True
+        )
         self.script = json.loads(os.environ.get("BERTH_SCRIPT", "{}"))
+        if spec.tp < self.script.get("load", 1):
+            raise OutOfMemory(f"the weights do not fit {spec.tp} GPUs", "load", 3 << 30, spec.tp << 30)
         self.answers: dict[int, tuple[int, ...]] = {}
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
@@ -46,6 +53,11 @@ class ScriptedEngine:
             self.answers[step] = tuple(self.tokenizer.encode(text, add_special_tokens=False))
         if request.sequence_id == self.script.get("killer"):
             os._exit(1)
+        oom_step, ranks = self.script.get("oom", {}).get(request.sequence_id, (STEPS + 1, 0))
+        if step >= oom_step and self.tp <= ranks:
+            text = f"failed alone at the smallest bound: step {step} on {self.tp} GPUs"
+            future.set_exception(OutOfMemory(text, "prefill", 9 << 30, self.tp << 30))
+            return future
         ids = self.answers[step]
         if request.matcher is not None:
             request.matcher(ids)
@@ -74,6 +86,8 @@ class ScriptedEngine:
 
 
 def build(spec: EngineSpec) -> ScriptedEngine:
+    if spec.tp > 1 and os.environ["RANK"] != "0":
+        threading.Event().wait()
     started = time.monotonic()
     engine = ScriptedEngine(spec)
     assert time.monotonic() - started < 60

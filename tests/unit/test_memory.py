@@ -282,10 +282,9 @@ def test_the_pool_is_sized_by_the_measurement(monkeypatch):
 def test_weights_that_no_gpu_has_room_for_are_refused_unread():
     spec = EngineSpec("a-70b", tp=2)
     assemble.check_weights(10 << 30, 10 << 30, spec)
-    with pytest.raises(
-        assemble.OutOfMemory, match="take 65.00 GiB on each of 2 GPUs, the budget is 22.00 GiB"
-    ) as caught:
+    with pytest.raises(assemble.OutOfMemory, match="on each of 2 GPUs") as caught:
         assemble.check_weights(65 << 30, 22 << 30, spec)
+    assert str(caught.value).endswith("take 65.00 GiB on each of 2 GPUs, the budget is 22.00 GiB")
     assert (caught.value.stage, caught.value.needed_bytes, caught.value.free_bytes) == ("load", 130 << 30, 44 << 30)
 
 
