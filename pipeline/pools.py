@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,8 +25,8 @@ from actors.engine.protocol import Capacity, EngineSpec
 from actors.errors import EngineDead, EngineError, Incomplete, InputError, OutOfMemory
 from actors.ladder import OFFERED, GiveUp, Hardware, Standing, next_rung
 from actors.messages import Numerics
-from pipeline.config import Pool, ReplicaRange, RunConfig
-from pipeline.sharing import Need, Turns
+from pipeline.config import RunConfig
+from pipeline.sharing import Need, Sized, Turns, sized
 
 ROUTER = "actors.router.HomeRouter"
 DRAIN_S = 15
@@ -34,28 +34,6 @@ DRAIN_S = 15
 FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 UNBOUNDED = 1 << 20
 """GPUs of a cluster that brings those that are missing, or of one that needs none."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sized:
-    """A pool and its replicas.
-
-    Attributes:
-        tp: ranks of a replica.
-        gpus: of one rank.
-        least, most, first: replicas: kept when idle, at most, and at the start.
-        by_load: Serve scales it by its load.
-        labels: of the nodes it may be on.
-    """
-
-    name: str
-    tp: int
-    gpus: int
-    least: int
-    most: int
-    first: int
-    by_load: bool
-    labels: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,24 +50,6 @@ class Served:
     numerics: Numerics
     capacity: Capacity
     rung: str = "start"
-
-
-def sized(pools: Mapping[str, Pool], gpus: int) -> tuple[Sized, ...]:
-    """The pools of a config on a cluster that has so many GPUs now, small ones first."""
-    found: list[Sized] = []
-    for name, pool in sorted(pools.items(), key=lambda item: item[1].tensor_parallel_size):
-        tp, wanted, smallest = pool.tensor_parallel_size, pool.replicas, not found
-        each = pool.num_gpus if isinstance(pool.num_gpus, int) else min(1, gpus)
-        if isinstance(wanted, ReplicaRange):
-            bounds = (wanted.min, wanted.max, wanted.min)
-        elif isinstance(wanted, int):
-            bounds = (0 if smallest and len(pools) > 1 else wanted, wanted, wanted)
-        else:
-            most = max(1, gpus // tp)
-            bounds = (0 if len(pools) > 1 else most, most, most if smallest else 0)
-        by_load = smallest and isinstance(wanted, ReplicaRange)
-        found.append(Sized(name, tp, each, *bounds, by_load, pool.labels))
-    return tuple(found)
 
 
 # --- the start

@@ -1,4 +1,4 @@
-"""Which pool has the GPUs: how many replicas each gets, from the rows that want it and the GPUs there are.
+"""Which pool has the GPUs: how many replicas each gets, from the config, the rows that want it and the GPUs there are.
 
 On a fixed cluster the pool of the smallest replicas holds every GPU. Rows that need larger replicas take as many GPUs
 as they fill, small replicas are drained for them, and the GPUs go back when those rows are over. Pure: no Ray and no
@@ -7,13 +7,55 @@ clock, time is an argument.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+
+from pipeline.config import Pool, ReplicaRange
 
 LINGER_S = 5.0
 """Large replicas are kept so long without a row: the next may be about to begin."""
 PATIENCE_S = 30.0
 """Draining takes less; a replica that has found no place by then needs free GPUs that lie together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """A pool and its replicas.
+
+    Attributes:
+        tp: ranks of a replica.
+        gpus: of one rank.
+        least, most, first: replicas: kept when idle, at most, and at the start.
+        by_load: Serve scales it by its load.
+        labels: of the nodes it may be on.
+    """
+
+    name: str
+    tp: int
+    gpus: int
+    least: int
+    most: int
+    first: int
+    by_load: bool
+    labels: Mapping[str, str]
+
+
+def sized(pools: Mapping[str, Pool], gpus: int) -> tuple[Sized, ...]:
+    """The pools of a config on a cluster that has so many GPUs now, small ones first."""
+    found: list[Sized] = []
+    for name, pool in sorted(pools.items(), key=lambda item: item[1].tensor_parallel_size):
+        tp, wanted, smallest = pool.tensor_parallel_size, pool.replicas, not found
+        each = pool.num_gpus if isinstance(pool.num_gpus, int) else min(1, gpus)
+        if isinstance(wanted, ReplicaRange):
+            bounds = (wanted.min, wanted.max, wanted.min)
+        elif isinstance(wanted, int):
+            bounds = (0 if smallest and len(pools) > 1 else wanted, wanted, wanted)
+        else:
+            most = max(1, gpus // tp)
+            bounds = (0 if len(pools) > 1 else most, most, most if smallest else 0)
+        by_load = smallest and isinstance(wanted, ReplicaRange)
+        found.append(Sized(name, tp, each, *bounds, by_load, pool.labels))
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,46 @@
-"""Which pool has the GPUs."""
+"""Which pool has the GPUs, and what Serve says of one that does not start."""
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.sharing import LINGER_S, PATIENCE_S, Need, Turns, share
+from actors.errors import Incomplete, InputError, OutOfMemory
+from pipeline.config import Pool
+from pipeline.sharing import LINGER_S, PATIENCE_S, Need, Turns, share, sized
 
 SINGLE = Need("single", 1, 0, 2, rows=200)
 PAIR = Need("pair", 2, 0, 1)
+ONE, TWO = {"tensor_parallel_size": 1}, {"tensor_parallel_size": 2}
+RANGE = {"replicas": {"min": 1, "max": 3}}
+
+
+@pytest.mark.parametrize(
+    ("pools", "gpus", "expected"),
+    [
+        # name, ranks, GPUs a rank, least, most, at the start, scaled by its load
+        ({"single": ONE}, 0, [("single", 1, 0, 1, 1, 1, False)]),
+        ({"single": ONE}, 8, [("single", 1, 1, 8, 8, 8, False)]),
+        ({"pair": TWO}, 8, [("pair", 2, 1, 4, 4, 4, False)]),
+        ({"single": ONE | RANGE}, 8, [("single", 1, 1, 1, 3, 1, True)]),
+        ({"pair": TWO, "single": ONE}, 8, [("single", 1, 1, 0, 8, 8, False), ("pair", 2, 1, 0, 4, 0, False)]),
+        ({"single": ONE, "pair": TWO}, 0, [("single", 1, 0, 0, 1, 1, False), ("pair", 2, 0, 0, 1, 0, False)]),
+        (
+            {"single": ONE | {"replicas": 6}, "pair": TWO | {"replicas": 1}},
+            8,
+            [("single", 1, 1, 0, 6, 6, False), ("pair", 2, 1, 1, 1, 1, False)],
+        ),
+        (
+            {"single": ONE | RANGE, "pair": TWO | {"replicas": {"min": 0, "max": 2}, "num_gpus": 1}},
+            0,
+            [("single", 1, 0, 1, 3, 1, True), ("pair", 2, 1, 0, 2, 0, False)],
+        ),
+    ],
+)
+def test_a_larger_pool_waits_for_the_rows_that_need_it(pools, gpus, expected):
+    found = sized({name: Pool(**fields) for name, fields in pools.items()}, gpus)
+    assert [(p.name, p.tp, p.gpus, p.least, p.most, p.first, p.by_load) for p in found] == expected
 
 
 def test_two_gpus_go_to_the_pair_while_it_has_rows_and_come_back():
@@ -101,3 +133,19 @@ def test_every_pool_with_rows_gets_its_turn(cluster, events):
         found = turns.share(gpus, needs, now_s)
         needs = [replace(need, rows=0 if found[need.name] else need.rows) for need in needs]
     assert not any(need.rows for need in needs)
+
+
+@pytest.mark.filterwarnings("ignore:.*extra keyword arguments:DeprecationWarning")
+def test_why_no_replica_started():
+    from pipeline.pools import failure
+
+    said = "The deployment failed to start 3 times in a row. Error:\nTraceback (most recent call last):\n  File x\n"
+    oom = failure(said + "actors.errors.OutOfMemory: the weights of M take 65.00 GiB\n")
+    assert isinstance(oom, OutOfMemory)
+    assert (str(oom), oom.stage) == ("the weights of M take 65.00 GiB", "load")
+    refused = failure(said + "actors.errors.UnsupportedModel: sinks\n\n")
+    assert isinstance(refused, InputError)
+    assert str(refused) == "sinks"
+    other = failure(said + "OSError: disk\n")
+    assert isinstance(other, Incomplete)
+    assert "OSError: disk" in str(other)
