@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -102,34 +102,66 @@ class Ledger:
         Raises:
             Fenced: a higher attempt has taken the row over.
         """
-        lease = self.core.ask(ask, time.monotonic())
-        if lease is None:
+        if (lease := self.ask(ask)) is None:
             self._place_soon()
             waiting = self.waiting.get(ask.row_id)
             if waiting is None:
                 waiting = self.waiting[ask.row_id] = asyncio.get_running_loop().create_future()
             await asyncio.wait([waiting], timeout=ANSWER_S)
-            lease = self.core.lease(ask.row_id)
-            if lease is not None and lease.attempt > ask.attempt:
-                raise Fenced(f"attempt {lease.attempt} of {ask.row_id} has taken over from {ask.attempt}")
+            lease = self._granted(ask)
+        return lease
+
+    async def do(self, requests: Sequence[tuple[str, tuple[Any, ...]]]) -> list[Any]:
+        """Several `ask`, `replied` and `end` at once, (name, arguments) each, in order: a Lease or None, or Fenced as a
+        value. Waits for nobody: None to an `ask` means that `acquire` has to."""
+        answers: list[Any] = []
+        for name, arguments in requests:
+            try:
+                answers.append(getattr(self, name)(*arguments))
+            except Fenced as e:
+                answers.append(e)
+        new = [i for i, (name, _) in enumerate(requests) if name == "ask" and answers[i] is None]
+        if new and time.monotonic() >= self.settled_s:
+            self._place()
+            for i in new:
+                answers[i] = self._granted(requests[i][1][0])
+        self._place_soon()
+        return answers
+
+    def ask(self, ask: Ask) -> Lease | None:
+        """The lease of a trajectory if it has one.
+
+        Raises:
+            Fenced: a higher attempt has taken the row over.
+        """
+        return self._home(ask, self.core.ask(ask, time.monotonic()))
+
+    def replied(self, row_id: str, attempt: int, tokens: int) -> None:
+        """A call is answered: the row holds so many tokens and waits for its tool."""
+        self.core.replied(row_id, attempt, tokens, time.monotonic())
+
+    def end(self, row_id: str, attempt: int) -> None:
+        """A trajectory is over; its home frees what its agent could not end there."""
+        self.core.end(row_id, attempt)
+        if row_id not in self.core.where and (home := self.homes.pop(row_id, None)) in self.heard:
+            self.orders[home].append(row_id)
+        self.waiting.pop(row_id, None)
+
+    def _granted(self, ask: Ask) -> Lease | None:
+        """The lease that an asker has come to have."""
+        lease = self.core.lease(ask.row_id)
+        if lease is not None and lease.attempt > ask.attempt:
+            raise Fenced(f"attempt {lease.attempt} of {ask.row_id} has taken over from {ask.attempt}")
+        return self._home(ask, lease)
+
+    def _home(self, ask: Ask, lease: Lease | None) -> Lease | None:
+        """The lease; a home that the row has left frees its pages."""
         if lease is not None and lease.replica is not None:
             before = self.homes.get(ask.row_id, lease.replica)
             if before != lease.replica:
                 self.orders[before].append(ask.row_id)
             self.homes[ask.row_id] = lease.replica
         return lease
-
-    async def replied(self, row_id: str, attempt: int, tokens: int) -> None:
-        """A call is answered: the row holds so many tokens and waits for its tool."""
-        self.core.replied(row_id, attempt, tokens, time.monotonic())
-        self._place_soon()
-
-    async def end(self, row_id: str, attempt: int) -> None:
-        """A trajectory is over."""
-        self.core.end(row_id, attempt)
-        if row_id not in self.core.where:
-            self.homes.pop(row_id, None)
-        self._place_soon()
 
     async def report(self, report: Report) -> Orders:
         """A replica lives."""
@@ -163,7 +195,9 @@ class Ledger:
             self._soon = loop.call_later(max(PLACE_S, self.settled_s - time.monotonic()), self._place)
 
     def _place(self) -> None:
-        self._soon = None
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
         for row_id in self.core.place(time.monotonic()):
             waiting = self.waiting.pop(row_id, None)
             if waiting is not None and not waiting.done():
@@ -205,10 +239,13 @@ class Leased:
 
     Args:
         ledger: the actor.
+        send: hands a request of `Ledger.do` over with others of its process; the answer need not be awaited.
     """
 
-    def __init__(self, ledger: Any, row_id: str, suite: str):
-        self.ledger, self.row_id, self.suite = ledger, row_id, suite
+    def __init__(
+        self, ledger: Any, send: Callable[[tuple[str, tuple[Any, ...]]], Awaitable[Any]], row_id: str, suite: str
+    ):
+        self.ledger, self.send, self.row_id, self.suite = ledger, send, row_id, suite
         self.home: str | None = None
         self.avoid: str | None = None
         self.attempt = 0
@@ -221,22 +258,21 @@ class Leased:
         """
         self.attempt = attempt
         ask = Ask(self.row_id, attempt, self.suite, forecast, tokens, self.home, self.avoid, pool)
-        while (lease := await self.ledger.acquire.remote(ask)) is None:
-            pass
+        lease = await self.send(("ask", (ask,)))
+        while lease is None:
+            lease = await self.ledger.acquire.remote(ask)
+        if isinstance(lease, Fenced):
+            raise lease
         return lease
 
     def answered(self, tokens: int, replica: str) -> None:
         """A replica has answered; the trajectory holds so many tokens now."""
         self.home, self.avoid = replica, None
-        self.ledger.replied.remote(self.row_id, self.attempt, tokens)
+        self.send(("replied", (self.row_id, self.attempt, tokens)))
 
     def failed(self, replica: str | None) -> None:
         """The call died; the next attempt is to go elsewhere."""
         self.home, self.avoid = None, replica
-
-    async def end(self) -> None:
-        """Give the lease back."""
-        await self.ledger.end.remote(self.row_id, self.attempt)
 
 
 class Reporter:
@@ -301,9 +337,11 @@ class Reporter:
 
     async def _run(self) -> None:
         ask_all = False
+        ledger: Any = None
         while True:
             try:
-                orders: Orders = await find(self.ledger).report.remote(self.report(all_residents=ask_all))
+                ledger = ledger or find(self.ledger)
+                orders: Orders = await ledger.report.remote(self.report(all_residents=ask_all))
             except (RayError, ValueError) as e:  # the ledger restarts, or is not there yet
                 log.info("no ledger: %s", e)
                 await asyncio.sleep(REPORT_S)

@@ -213,6 +213,7 @@ class Pool:
         self.pages[r], self.slots[r], self.room[r] = 0, 0, -1
         self.held = {row: held for row, held in self.held.items() if held != r}
         self.is_held[r] = False
+        self.avoid = [-1 if avoided == r else avoided for avoided in self.avoid]
         for row in rows.tolist():
             self._uncharge(row)
             self._enqueue(row)
@@ -427,11 +428,12 @@ class Pool:
         least = own[0, 0] / _UNIT
         if (r := self.held.get(row)) is not None and (self._takes(r, row) or not self.residents[r]):
             return r
+        avoid = self._avoided(row)
         for _ in range(4):
             r = int(room.argmax())
             if room[r] < least:
                 break
-            if r != self.avoid[row] and self._takes(r, row):
+            if r != avoid and self._takes(r, row):
                 return r
             room[r] = -1.0
         # Larger than any pool allows: alone on the largest.
@@ -439,6 +441,17 @@ class Pool:
             alone = np.flatnonzero((self.pages == top) & (self.residents == 0) & (self.room >= 0))
             return int(alone[0]) if len(alone) else None
         return None
+
+    def _avoided(self, row: int) -> int:
+        """The replica that failed a row, as long as another could ever take it; else -1."""
+        avoid = self.avoid[row]
+        if avoid < 0:
+            return -1
+        could = self.pages >= min(
+            float(needed(self.cumulants[row])) + self.prefix_pages[self.prefix[row]], self.largest
+        )
+        could[avoid] = False
+        return avoid if could.any() else -1
 
     def _takes(self, r: int, row: int) -> bool:
         if self.residents[r] >= self.slots[r]:
@@ -538,7 +551,9 @@ class Pool:
     def replied(self, row_id: str, attempt: int, tokens: int, now_s: float) -> None:
         """A row's call is answered: it holds so many tokens and waits for its tool."""
         row = self.slot.get(row_id)
-        if row is not None and self.attempt[row] == attempt:
+        if (
+            row is not None and self.attempt[row] == attempt and tokens >= self.tokens[row]
+        ):  # else the next call was first
             one = np.array([row])
             self.advance(one, np.array([float(tokens)]), 1)
             self.waits(one, now_s)

@@ -17,7 +17,9 @@ from ray import serve
 from actors.engine import build
 from actors.engine.loader import load_tokenizer, resolve, stop_token_ids
 from actors.engine.protocol import Capacity, EngineSpec, Request
+from actors.errors import NotHome
 from actors.gang import start_ranks, watch
+from actors.ledger import Reporter
 from actors.messages import Call, Numerics, Reply
 from actors.stopping import TurnMatcher
 
@@ -30,9 +32,11 @@ class Replica:
     Args:
         spec: what the engine is built from.
         threads: CPU threads of torch; 0 leaves torch's own number.
+        ledger: name of the ledger that it reports to.
+        pool: the pool that it belongs to.
     """
 
-    def __init__(self, spec: EngineSpec, threads: int = 0):
+    def __init__(self, spec: EngineSpec, threads: int, ledger: str, pool: str):
         if threads:
             import torch
 
@@ -44,25 +48,30 @@ class Replica:
         self.engine = build(spec)
         watch(ranks)
         self.id = f"{serve.get_replica_context().replica_id.unique_id}@{os.uname().nodename}"
+        self.reporter = Reporter(ledger, pool, self.id, self.engine)
+        self.reporter.start()
 
     async def generate(self, call: Call) -> Reply:
         """Continue a trajectory.
 
         Raises:
             EngineError: ContextOverflow, OutOfMemory, Cancelled or EngineDead.
+            NotHome: its lease is with another replica; served here it would take room that others were promised.
         """
+        if call.home not in (None, self.id):
+            raise NotHome(f"the home is {call.home}, this is {self.id}")
         matcher = TurnMatcher(call.turn, self.tokenizer)
-        future = self.engine.submit(
-            Request(
-                token_ids=call.token_ids,
-                sequence_id=call.row_id,
-                max_tokens=call.turn.max_tokens,
-                sampling=call.sampling,
-                stop_token_ids=self.stop_token_ids,
-                matcher=matcher,
-            )
+        request = Request(
+            token_ids=call.token_ids,
+            sequence_id=call.row_id,
+            max_tokens=call.turn.max_tokens,
+            sampling=call.sampling,
+            stop_token_ids=self.stop_token_ids,
+            matcher=matcher,
         )
-        generation = await asyncio.wrap_future(future)
+        with self.reporter.call(call):
+            generation = await asyncio.wrap_future(self.engine.submit(request))
+        self.reporter.answered(call, generation.usage)
         if matcher.reason == "stage":
             generation = replace(generation, finish_reason="stage")
         return Reply(generation, self.id, self.engine.numerics)
@@ -71,6 +80,7 @@ class Replica:
         """Free what the engine keeps for these trajectories."""
         for row_id in row_ids:
             self.engine.end(row_id)
+            self.reporter.end(row_id)
 
     async def describe(self) -> tuple[Numerics, Capacity]:
         """Under which numerics this replica computes, and its sizes."""

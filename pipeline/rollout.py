@@ -35,17 +35,19 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors import ledger
 from actors.agent import Limits, Rollout
 from actors.engine.protocol import Capacity, EngineSpec
-from actors.errors import EngineDead, EngineError, Incomplete, InputError
-from actors.messages import Call, Generation, Numerics, Sampling, Trajectory
+from actors.errors import EngineDead, EngineError, Fenced, Incomplete, InputError, NotHome
+from actors.messages import Call, Generation, Numerics, Reply, Sampling, Trajectory
+from actors.router import session_id
 from pipeline import preflight
 from pipeline.batched import Batched
 from pipeline.config import Pool, ReplicaRange, RunConfig
 from pipeline.journal import Begin, Journal, Progress
 from pipeline.preflight import Prepared, limits_of
 from pipeline.suite import Suite
-from pipeline.tables import RESULTS, RunFacts, result_row, rows_to_table, task_from_row
+from pipeline.tables import RESULTS, RunFacts, forecast_from_row, result_row, rows_to_table, task_from_row
 
 log = logging.getLogger("berth")
 
@@ -53,6 +55,7 @@ ROWS_PER_TASK = 16
 ROWS_PER_FILE = 256
 CALLS_PER_AGENT = 64
 RETRY_S = 1.0
+MOST_RETRY_S = 16.0
 BATCH_S = 0.005
 WORKER_ENV = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # or agents, which have no GPU, would see all of them
@@ -60,7 +63,7 @@ WORKER_ENV = {
 }
 KEEPER_S = 5.0
 SLOW_MODEL_S = 24 * 3600
-ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+ROUTER = "actors.router.HomeRouter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +88,14 @@ class Job:
 class Agents:
     """The async Ray Data callable: manifest rows in, result rows out, each durable before it is emitted."""
 
-    def __init__(self, job: Job, journal: Any):
+    def __init__(self, job: Job, journal: Any, leases: Any):
         from actors.engine.loader import load_tokenizer, resolve
         from actors.tools import ToolThreads, load_tools
         from pipeline.scoring import load_scorers
 
         self.job = job
         self.journal: Any = journal
+        self.ledger: Any = leases
         model = job.config.model
         folder = resolve(model.id, model.revision, weights=False).folder
         self.tokenizer: Any = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
@@ -102,6 +106,7 @@ class Agents:
         self.handle: DeploymentHandle = serve.get_app_handle(job.app)
         self.running: asyncio.Semaphore | None = None
         self._journal = Batched(self._send_journal, BATCH_S)
+        self.lease = Batched(self._send_leases, BATCH_S)
         self._endings = Batched(self._send_endings, 10 * BATCH_S)
 
     def record(self, name: str, *arguments: Any) -> asyncio.Future[Any]:
@@ -111,18 +116,27 @@ class Agents:
     async def _send_journal(self, requests: Sequence[Any]) -> Sequence[Any]:
         return await self.journal.do.remote(requests)
 
-    def end(self, row_id: str, replica: str) -> None:
-        """Let the replica free what it keeps for a trajectory, soon."""
-        self._endings((row_id, replica))
+    async def _send_leases(self, requests: Sequence[Any]) -> Sequence[Any]:
+        return await self.ledger.do.remote(requests)
+
+    def end(self, row_id: str, attempt: int, replica: str) -> None:
+        """Let the replica free what it keeps for a trajectory, and then the ledger its lease, soon."""
+        self._endings((row_id, attempt, replica))
 
     async def _send_endings(self, requests: Sequence[Any]) -> Sequence[Any]:
-        ended: dict[str, list[str]] = defaultdict(list)
-        for row_id, replica in requests:
-            ended[replica].append(row_id)
-        for row_ids in ended.values():
-            with contextlib.suppress(RayError, RayServeException):  # the replica is gone, and the pages with it
-                await self.handle.options(session_id=row_ids[0]).end.remote(row_ids)
+        ended: dict[str, list[tuple[str, int]]] = defaultdict(list)
+        for row_id, attempt, replica in requests:
+            ended[replica].append((row_id, attempt))
+        await asyncio.gather(*(self._end_at(replica, rows) for replica, rows in ended.items()))
         return requests
+
+    async def _end_at(self, replica: str, rows: Sequence[tuple[str, int]]) -> None:
+        row_ids = [row_id for row_id, _ in rows]
+        if replica:
+            with contextlib.suppress(RayError, RayServeException):  # the replica is gone, and the pages with it
+                await self.handle.options(session_id=session_id(replica, row_ids[0])).end.remote(row_ids)
+        for row in rows:
+            self.lease(("end", row))
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """One table of finished rows for each table of manifest rows; rows that a stop kept back are left out."""
@@ -158,8 +172,11 @@ class Attempts:
         self.agents = agents
         self.job = agents.job
         self.task = task_from_row(manifest)
+        self.forecast = forecast_from_row(manifest)
+        self.lease = ledger.Leased(agents.ledger, agents.lease, self.task.row_id, self.job.suite.config.name)
         self.attempt = 0
         self.replica = ""
+        self.home: str | None = None
         self.numerics: Numerics | None = None
 
     async def begin(self) -> Begin:
@@ -170,10 +187,16 @@ class Attempts:
 
     async def run(self, begun: Begin) -> dict[str, Any] | None:
         """The row that counts; None where the run is stopping."""
+        if (
+            begun.row is not None or begun.exhausted
+        ):  # the agent that had it may have died before it gave its lease back
+            self.agents.end(self.task.row_id, begun.attempt, "")
         if begun.row is not None or begun.stop:
             return begun.row
         try:
             trajectory = _lost(self.task, begun.attempt) if begun.exhausted else await self._trajectory(begun)
+        except Fenced:  # Ray has given the row to another agent, whose answer counts
+            return None
         except _Stopped:
             return (await self.begin()).row
         except Exception as e:  # one row's fault must not be the run's: it stands on the row, with its place
@@ -203,33 +226,55 @@ class Attempts:
             generate, call_tool = replayed.generate, replayed.call
         try:
             return await Rollout(self.task, transcript, generate, call_tool, self.job.limits).run()
+        except Fenced:
+            self.replica = ""  # what it keeps for the row is the other attempt's
+            raise
         finally:
             await toolbox.close()
-            self.agents.end(self.task.row_id, self.replica)
+            self.agents.end(self.task.row_id, self.attempt, self.replica)
 
     def _event(self, event: dict[str, Any]) -> asyncio.Future[None]:
         if event["kind"] == "generation" and self.numerics is not None:
             event |= {"replica": self.replica, "numerics": asdict(self.numerics)}
         return self.agents.record("event", self.task.row_id, self.attempt, event)
 
-    def _session(self) -> Any:
-        return self.agents.handle.options(session_id=self.task.row_id)
+    async def _call(self, call: Call) -> Reply:
+        """Ask for the row's home and call it, until it is there: a home that is gone computes nothing.
+
+        Raises:
+            Fenced: a higher attempt has taken the row over.
+        """
+        wait_s = RETRY_S
+        while True:
+            self.home = None
+            self.home = (await self.lease.acquire(self.attempt, self.forecast, len(call.token_ids))).replica
+            session = self.agents.handle.options(session_id=session_id(self.home, call.row_id))
+            try:
+                reply = await session.generate.remote(replace(call, home=self.home))
+            except NotHome:
+                self.lease.failed(self.home)
+                await asyncio.sleep(wait_s)
+                wait_s = min(2 * wait_s, MOST_RETRY_S)
+                continue
+            self.lease.answered(len(call.token_ids) + len(reply.generation.token_ids), reply.replica)
+            return reply
 
     async def _generate(self, token_ids: Any, turn: Any) -> Generation:
         """Call the replica; where it dies, record the attempt as failed and begin the next.
 
         Raises:
             EngineError: what the engine said of this call, or EngineDead after the last attempt.
+            Fenced: a higher attempt has taken the row over.
         """
         sampling = self.job.config.sampling
         drawn = Sampling(sampling.temperature, sampling.top_p, sampling.top_k, self.task.seed)
-        call = Call(self.task.row_id, tuple(token_ids), turn, drawn)
+        call = Call(self.task.row_id, tuple(token_ids), turn, drawn, self.job.suite.config.name)
         while True:
             try:
-                reply = await self._session().generate.remote(call)
+                reply = await self._call(call)
             except EngineDead as e:
                 cause = e
-            except EngineError:
+            except (EngineError, Fenced):
                 raise
             except (RayError, RayServeException) as e:
                 cause = e
@@ -237,6 +282,7 @@ class Attempts:
                 self.replica, self.numerics = reply.replica, reply.numerics
                 return reply.generation
             said = f"{type(cause).__name__}: {cause}".splitlines()[0]
+            self.lease.failed(self.home)
             await self.agents.record("fail", self.task.row_id, self.attempt, self.replica, said)
             await asyncio.sleep(RETRY_S)
             while (begun := await self.begin()).wait_s is not None:
@@ -365,6 +411,16 @@ def keep(app: str, journal: Any) -> Any:
     return keeper
 
 
+def ledger_name(app: str) -> str:
+    """Name of the application's ledger."""
+    return f"{app}-ledger"
+
+
+def start_ledger(config: RunConfig, app: str) -> Any:
+    """The ledger's actor, which lives as long as this process holds what is returned."""
+    return ledger.start(ledger_name(app), {serving_pool(config)[0]: None})
+
+
 def serving_pool(config: RunConfig) -> tuple[str, Pool]:
     """The pool that serves every row: a run has one, until rows are told apart by the memory they need."""
     return next(iter(config.pools.items()))
@@ -416,7 +472,8 @@ def deploy(config: RunConfig, app: str) -> tuple[Numerics, Capacity, int]:
     )
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
     try:
-        handle = serve.run(deployment.bind(replace(engine_spec(config), tp=tp), threads), name=app, route_prefix=None)
+        bound = deployment.bind(replace(engine_spec(config), tp=tp), threads, ledger_name(app), pool_name)
+        handle = serve.run(bound, name=app, route_prefix=None)
     except RuntimeError as e:
         raise _start_error(app) from e
     numerics, capacity = handle.describe.remote().result()
@@ -468,8 +525,7 @@ def start_journal(config: RunConfig, attempts: Mapping[str, int]) -> Any:
 
 
 def plan_agents(prepared: Prepared, app: str, capacity: Capacity, replicas: int) -> tuple[Job, int]:
-    """The job and the number of agent actors: enough trajectories at once to keep every replica's batch full
-    while a quarter of them wait for tools."""
+    """The job and the number of agent actors: as many trajectories at once as the ledger has homes for at most."""
     config = prepared.config
     agents = max(1, min(8, int(ray.cluster_resources().get("CPU", 1)) // 8))
     job = Job(
@@ -479,12 +535,12 @@ def plan_agents(prepared: Prepared, app: str, capacity: Capacity, replicas: int)
         limits=limits_of(config, prepared.suite, capacity.max_model_len),
         app=app,
         pool=serving_pool(config)[0],
-        concurrent=max(1, -(-replicas * capacity.max_batch * 5 // (4 * agents))),
+        concurrent=-(-replicas * ledger.slots(capacity) // agents),
     )
     return job, agents
 
 
-def rollouts(job: Job, journal: Any, agents: int) -> None:
+def rollouts(job: Job, journal: Any, leases: Any, agents: int) -> None:
     """Run the Ray Data job to its end; blocks."""
     out = job.config.out
     context = DataContext.get_current()
@@ -500,7 +556,7 @@ def rollouts(job: Job, journal: Any, agents: int) -> None:
         .repartition(target_num_rows_per_block=ROWS_PER_TASK)
         .map_batches(
             Agents,
-            fn_constructor_args=(job, journal),
+            fn_constructor_args=(job, journal, leases),
             compute=ActorPoolStrategy(size=agents, max_concurrent_calls_per_actor=CALLS_PER_AGENT),
             batch_size=None,
             batch_format="pyarrow",

@@ -211,6 +211,7 @@ def roll_out(prepared: Prepared, info: dict[str, Any], screen: Screen) -> None:
             done = reconcile(config.out, lambda said: screen.line("damaged", said))
             write_checkpoint(config.out, done)
             journal = rollout.start_journal(config, attempts_so_far(config.out, done))
+            leases = rollout.start_ledger(config, app)
             if config.ray.address is not None:
                 keeper = rollout.keep(app, journal)
             screen.line("model", f"loading {config.model.id} into the {config.engine} engine")
@@ -224,7 +225,7 @@ def roll_out(prepared: Prepared, info: dict[str, Any], screen: Screen) -> None:
             info["gpus"] = rollout.cluster_gpus()
             write_json(info, f"{config.out}/run.json")
             job, agents = rollout.plan_agents(prepared, app, capacity, replicas)
-            _roll(lambda: rollout.rollouts(job, journal, agents), journal, len(done), prepared, screen)
+            _roll(lambda: rollout.rollouts(job, journal, leases, agents), journal, len(done), prepared, screen)
             write_attempts(config.out, ray.get(journal.records.remote()))
         finally:
             if keeper is not None:

@@ -3,16 +3,20 @@
 Each trajectory searches twice and finishes at its third step. `BERTH_SCRIPT` (JSON) adds delays and faults: `delay_s`
 before each answer, `max_batch`, `count` (a file that gets a line for each call), `killer` (a row id that ends the
 process), `oom` (row id → from which step on it needs more than how many ranks), `load` (ranks that the weights need at
-least). A gang's other ranks do nothing.
+least), `budgets`: pages of PAGE tokens that each replica has, in the order of their starts. What a trajectory holds it
+holds until `end`; a call that needs more than is left fails, and each stands in the file `log`. A gang's other ranks do
+nothing.
 """
 
 import asyncio
+import itertools
 import json
 import os
 import re
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 
 from actors.engine.loader import load_tokenizer, resolve
 from actors.engine.protocol import Capacity, EngineSpec, Request
@@ -20,10 +24,11 @@ from actors.errors import OutOfMemory
 from actors.messages import Generation, Numerics, Usage
 
 STEPS = 3
+PAGE = 16
 
 
 class ScriptedEngine:
-    """Answers after `delay_s`; remembers nothing."""
+    """Answers after `delay_s`; remembers the pages of each trajectory, if it has a budget."""
 
     dead: str | None = None
 
@@ -39,7 +44,30 @@ class ScriptedEngine:
         self.answers: dict[int, tuple[int, ...]] = {}
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self.running = 0
+        self.held: dict[str, int] = {}
+        self.budget = self._budget() if "budgets" in self.script else 0
+
+    def _budget(self) -> int:
+        """The budget of the first place that no other replica has taken."""
+        for place in itertools.count():
+            try:
+                os.mkdir(f"{self.script['log']}.{place}")
+            except FileExistsError:
+                continue
+            return self.script["budgets"][place % len(self.script["budgets"])]
+        raise AssertionError
+
+    def _hold(self, sequence_id: str, tokens: int) -> bool:
+        """Take the pages of a call; False where the budget does not allow it."""
+        pages = -(-tokens // PAGE)
+        used = sum(self.held.values()) - self.held.get(sequence_id, 0) + pages
+        line = {"pid": os.getpid(), "row": sequence_id, "used": used, "budget": self.budget}
+        with open(self.script["log"], "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if used > self.budget:
+            return False
+        self.held[sequence_id] = pages
+        return True
 
     def submit(self, request: Request) -> Future[Generation]:
         future: Future[Generation] = Future()
@@ -59,6 +87,9 @@ class ScriptedEngine:
             future.set_exception(OutOfMemory(text, "prefill", 9 << 30, self.tp << 30))
             return future
         ids = self.answers[step]
+        if self.budget and not self._hold(request.sequence_id, len(request.token_ids) + len(ids)):
+            future.set_exception(OutOfMemory("over the budget"))
+            return future
         if request.matcher is not None:
             request.matcher(ids)
         usage = Usage(len(request.token_ids), len(request.token_ids), 0, len(ids), batch_max=1, gpu_s=0.0)
@@ -73,10 +104,13 @@ class ScriptedEngine:
         return future
 
     def end(self, sequence_id: str) -> None:
-        pass
+        self.held.pop(sequence_id, None)
 
     def capacity(self) -> Capacity:
-        return Capacity(max_model_len=8192, max_batch=self.script.get("max_batch", 64))
+        sizes = Capacity(max_model_len=8192, max_batch=self.script.get("max_batch", 64))
+        free = self.budget - sum(self.held.values())
+        held = {"kv_bytes_token": 1, "pages_total": self.budget, "pages_free": free, "page_tokens": PAGE}
+        return replace(sizes, **held) if self.budget else sizes
 
     def shrink(self, max_batch: int) -> None:
         pass

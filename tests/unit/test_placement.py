@@ -122,6 +122,38 @@ def test_a_failed_home_is_avoided(attempt):
     assert made.lease("a").replica not in (None, home)
 
 
+@pytest.mark.parametrize("others", [(), (10,)])
+def test_a_failed_home_is_taken_again_where_no_other_could_ever_do(others):
+    made = placement(400, *others)
+    made.ask(ask("a"), 0.0)
+    made.place(0.0)
+    assert made.ask(ask("a", avoid="r0"), 1.0) is None
+    made.place(1.0)
+    assert made.lease("a").replica == "r0"
+
+
+def test_what_takes_the_place_of_a_failed_home_is_not_avoided():
+    made = placement(400)
+    fill(made)
+    made.ask(ask("q0", avoid="r0"), 1.0)
+    made.pools["single"].replica_down("r0")
+    made.replica_up("single", "r1", 400, PAGE, 1_000)
+    made.replica_up("single", "r2", 10, PAGE, 1_000)
+    made.place(2.0)
+    assert made.lease("q0").replica == "r1"
+
+
+def test_an_answer_that_arrives_after_the_next_call_says_nothing():
+    made = placement(400)
+    made.ask(ask("a"), 0.0)
+    made.place(0.0)
+    made.ask(ask("a", tokens=2_500), 2.0)
+    before = made.pools["single"].charged.copy()
+    made.replied("a", 1, 2_000, 3.0)
+    assert (made.pools["single"].charged == before).all()
+    assert np.isinf(made.pools["single"].waiting_since_s[made.pools["single"].slot["a"]])
+
+
 def test_the_largest_goes_first_until_a_small_one_has_waited():
     def order(small_asked_s: float) -> list[str]:
         made = placement(200, aging_s=100.0)

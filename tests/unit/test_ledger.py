@@ -1,0 +1,67 @@
+"""The ledger without Ray: batches of requests, waits, fences, and what homes are told to free."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from actors.errors import Fenced
+from actors.ledger import Leased, Ledger, Report
+from pipeline.batched import Batched
+from tests.unit.test_placement import PAGE, ask, forecast
+
+ROOM_FOR_ONE = Report("single", "r0", 50, PAGE, 1)
+
+
+async def ledger(*reports: Report) -> Ledger:
+    made = Ledger({"single": None})
+    for report in reports:
+        await made.report(report)
+    return made
+
+
+async def test_a_batch_is_answered_at_once_and_in_order():
+    made = await ledger(ROOM_FOR_ONE)
+    first, waits, again = await made.do([("ask", (ask("a"),)), ("ask", (ask("b"),)), ("ask", (ask("a"),))])
+    assert (first.replica, waits, again) == ("r0", None, first)
+    answers = await made.do([("replied", ("a", 1, 1_900)), ("end", ("a", 1)), ("ask", (ask("b"),))])
+    assert answers[:2] == [None, None]
+    assert answers[2].replica == "r0"
+
+
+async def test_a_fenced_request_disturbs_no_other():
+    made = await ledger(ROOM_FOR_ONE)
+    await made.do([("ask", (ask("a", attempt=2),))])
+    fenced, ended, lease = await made.do([("ask", (ask("a"),)), ("end", ("a", 1)), ("ask", (ask("a", attempt=2),))])
+    assert isinstance(fenced, Fenced)
+    assert (ended, lease.attempt) == (None, 2)
+
+
+async def test_one_that_waits_gets_its_lease_when_another_ends():
+    made = await ledger(ROOM_FOR_ONE)
+    actor = SimpleNamespace(acquire=SimpleNamespace(remote=made.acquire))
+    send = Batched(made.do, 0.001)
+    first, second = Leased(actor, send, "a", "s"), Leased(actor, send, "b", "s")
+    await first.acquire(1, forecast(), 1_800)
+    waiting = asyncio.create_task(second.acquire(1, forecast(), 1_800))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    first.answered(1_900, "r0")
+    await send(("end", ("a", 1)))
+    assert (await waiting).replica == "r0"
+    await send(("ask", (ask("b", attempt=2),)))
+    with pytest.raises(Fenced):
+        await second.acquire(1, forecast(), 1_900)
+    await send(("end", ("b", 2)))
+    state = await made.state()
+    assert (state["leases"], state["charged_pages"], state["homes"]) == (0, {"r0": 0.0}, {})
+
+
+async def test_homes_are_told_to_free_what_has_ended_or_moved():
+    made = await ledger(Report("single", "r0", 90, PAGE, 9), Report("single", "r1", 80, PAGE, 9))
+    [lease] = await made.do([("ask", (ask("a"),))])
+    assert lease.replica == "r0"
+    [lease] = await made.do([("ask", (ask("a", avoid="r0"),))])
+    assert lease.replica == "r1"
+    await made.do([("end", ("a", 1))])
+    assert [(await made.report(Report("single", name, 90, PAGE, 9))).end for name in ("r0", "r1")] == [("a",), ("a",)]
