@@ -22,6 +22,10 @@ Knows nothing of the rest of the project.
 
 from __future__ import annotations
 
+from typing import Literal
+
+Stage = Literal["load", "prefill", "decode", "never_fits"]
+
 
 class BerthError(Exception):
     """Base of every error raised on purpose."""
@@ -93,10 +97,11 @@ class OutOfMemory(EngineError):
     """
 
     def __init__(
-        self, text: str, stage: str = "decode", needed_bytes: int | None = None, free_bytes: int | None = None
+        self, text: str, stage: Stage = "decode", needed_bytes: int | None = None, free_bytes: int | None = None
     ):
         super().__init__(text)
-        self.stage, self.needed_bytes, self.free_bytes = stage, needed_bytes, free_bytes
+        self.stage: Stage = stage
+        self.needed_bytes, self.free_bytes = needed_bytes, free_bytes
 
 
 class Cancelled(EngineError):

@@ -51,6 +51,11 @@ class Served:
     capacity: Capacity
     rung: str = "start"
 
+    @property
+    def replicas(self) -> int:
+        """Of the smallest pool, at most."""
+        return self.pools[0].most
+
 
 # --- the start
 
@@ -152,9 +157,11 @@ def _deployment(config: RunConfig, pool: Sized, threads: int, several: bool) -> 
 
     if pool.by_load:
         scale: dict[str, Any] = {"autoscaling_config": {"min_replicas": pool.least, "max_replicas": pool.most}}
-    elif several and not pool.first:  # Serve takes no fixed number of 0
+    elif several and not pool.first:
+        # Serve takes no fixed number of 0, and starts a replica for calls that it remembers from before the last went.
         bounds = {"min_replicas": 0, "initial_replicas": 0, "max_replicas": pool.most}
-        scale = {"autoscaling_config": bounds | {"policy": {"policy_function": as_it_is}}}
+        memory = {"look_back_period_s": 2.0, "metrics_interval_s": 1.0}
+        scale = {"autoscaling_config": bounds | memory | {"policy": {"policy_function": as_it_is}}}
     else:
         scale = {"num_replicas": pool.first}
     deployment: Any = serve.deployment(Replica)
@@ -216,6 +223,19 @@ def failure(said: str) -> Exception:
 
 
 # --- while it runs
+
+
+def sharing(app: str, pools: Sequence[Sized], ledger: Any, say: Callable[[str], None]) -> Callable[[], None]:
+    """What is to be called about once a second; `say` is told of changes."""
+    if len(pools) == 1:
+        return lambda: None
+    sharing = Sharing(app, pools, ledger)
+
+    def share() -> None:
+        if sharing.step():
+            say(", ".join(f"{name} {count}" for name, count in sharing.now.items()))
+
+    return share
 
 
 class Sharing:

@@ -196,7 +196,7 @@ def roll_out(prepared: Prepared, info: dict[str, Any], screen: Screen) -> None:
     import ray
     from ray import serve
 
-    from pipeline import rollout
+    from pipeline import pools, rollout
 
     config = prepared.config
     app = rollout.app_name(config.out)
@@ -211,21 +211,23 @@ def roll_out(prepared: Prepared, info: dict[str, Any], screen: Screen) -> None:
             done = reconcile(config.out, lambda said: screen.line("damaged", said))
             write_checkpoint(config.out, done)
             journal = rollout.start_journal(config, attempts_so_far(config.out, done))
-            leases = rollout.start_ledger(config, app)
             if config.ray.address is not None:
                 keeper = rollout.keep(app, journal)
             screen.line("model", f"loading {config.model.id} into the {config.engine} engine")
-            numerics, capacity, replicas = rollout.deploy(config, app)
+            served = pools.deploy(config, app, rollout.ledger_name(app), lambda said: screen.line("memory", said))
+            leases = rollout.start_ledger(app, served)
+            numerics, capacity = served.numerics, served.capacity
             screen.line(
                 "replicas",
-                f"{replicas} ready after {duration(time.monotonic() - started)}: {numerics.dtype}, attention "
+                f"{served.replicas} ready after {duration(time.monotonic() - started)}: {numerics.dtype}, attention "
                 f"{numerics.kernel}, context {capacity.max_model_len:,} tokens, batch {capacity.max_batch}",
             )
             info["numerics"] = {name: getattr(numerics, name) for name in numerics.__slots__}
             info["gpus"] = rollout.cluster_gpus()
             write_json(info, f"{config.out}/run.json")
-            job, agents = rollout.plan_agents(prepared, app, capacity, replicas)
-            _roll(lambda: rollout.rollouts(job, journal, leases, agents), journal, len(done), prepared, screen)
+            job, agents = rollout.plan_agents(prepared, app, served)
+            share = pools.sharing(app, served.pools, leases, lambda said: screen.line("pools", said))
+            _roll(lambda: rollout.rollouts(job, journal, leases, agents), journal, share, len(done), prepared, screen)
             write_attempts(config.out, ray.get(journal.records.remote()))
         finally:
             if keeper is not None:
@@ -234,8 +236,8 @@ def roll_out(prepared: Prepared, info: dict[str, Any], screen: Screen) -> None:
             ray.shutdown()
 
 
-def _roll(work: Any, journal: Any, before: int, prepared: Prepared, screen: Screen) -> None:
-    """Do the work in a thread and show progress beside it; `before` rows are in results/ already."""
+def _roll(work: Any, journal: Any, share: Callable[[], None], before: int, prepared: Prepared, screen: Screen) -> None:
+    """Do the work in a thread, show progress and share the GPUs beside it; `before` rows are in results/ already."""
     import ray
 
     from pipeline import rollout
@@ -265,7 +267,7 @@ def _roll(work: Any, journal: Any, before: int, prepared: Prepared, screen: Scre
             left = eta(elsewhere + done, elsewhere + counts.resumed, total, elapsed)
             show(elsewhere + done, f"{counts.running} running  {mean}{failed}{left}")
 
-        rollout.watch(journal, report, lambda: not thread.is_alive(), budget(config, rollout.cluster_gpus))
+        rollout.watch(journal, report, share, lambda: not thread.is_alive(), budget(config, rollout.cluster_gpus))
     if failure:
         raise rollout.explained(failure[0]) from failure[0]
 
@@ -310,7 +312,7 @@ def write_attempts(out: str, records: list[dict[str, Any]]) -> None:
             "attempt": key[1],
             "started_at": datetime.fromtimestamp(start["at"], UTC),
             "ended_at": datetime.fromtimestamp(end["at"], UTC) if end else None,
-            "pool": start["pool"],
+            "pool": end.get("pool") or start["pool"],
             "rung": start["rung"],
             "replica": end.get("replica"),
             "outcome": end.get("status", "failed") if end else "lost",

@@ -3,7 +3,7 @@
 Each trajectory searches twice and finishes at its third step. `BERTH_SCRIPT` (JSON) adds delays and faults: `delay_s`
 before each answer, `max_batch`, `count` (a file that gets a line for each call), `killer` (a row id that ends the
 process), `oom` (row id → from which step on it needs more than how many ranks), `load` (ranks that the weights need at
-least), `budgets`: pages of PAGE tokens that each replica has, in the order of their starts. What a trajectory holds it
+least and at most), `budgets`: pages of PAGE tokens that each replica has, in the order of their starts. What a trajectory holds it
 holds until `end`; a call that needs more than is left fails, and each stands in the file `log`. A gang's other ranks do
 nothing.
 """
@@ -39,7 +39,8 @@ class ScriptedEngine:
             "scripted", "none", "float32", "float32", "float32", self.tp, spec.revision or "", True
         )
         self.script = json.loads(os.environ.get("BERTH_SCRIPT", "{}"))
-        if spec.tp < self.script.get("load", 1):
+        least, most = self.script.get("load", (1, 8))
+        if not least <= spec.tp <= most:
             raise OutOfMemory(f"the weights do not fit {spec.tp} GPUs", "load", 3 << 30, spec.tp << 30)
         self.answers: dict[int, tuple[int, ...]] = {}
         self.loop = asyncio.new_event_loop()
