@@ -19,10 +19,12 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine.protocol import Capacity, Engine
 from actors.errors import BerthError, EngineError, Fenced
 from actors.messages import Ask, Call, Forecast, Lease, Resident, Usage
+from actors.metrics import LedgerMetrics, ReplicaMetrics
 from actors.placement import Placement
 
 log = logging.getLogger(__name__)
@@ -94,6 +96,8 @@ class Ledger:
         self.closed: dict[str, EngineError] = {}
         restarted = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
         self.settled_s = time.monotonic() + (settle_s if restarted else 0.0)
+        self.metrics = LedgerMetrics()
+        self.measured: defaultdict[str, set[str]] = defaultdict(set)
         self._soon: asyncio.TimerHandle | None = None
         self._watching: asyncio.Task[None] | None = None
 
@@ -116,19 +120,20 @@ class Ledger:
     async def do(self, requests: Sequence[tuple[str, tuple[Any, ...]]]) -> list[Any]:
         """Several `ask`, `replied` and `end` at once, (name, arguments) each, in order: a Lease or None, or an error as
         a value. Waits for nobody: None to an `ask` means that `acquire` has to."""
-        answers: list[Any] = []
-        for name, arguments in requests:
-            try:
-                answers.append(getattr(self, name)(*arguments))
-            except BerthError as e:
-                answers.append(e)
+        answers = [self._answer(getattr(self, name), arguments) for name, arguments in requests]
         new = [i for i, (name, _) in enumerate(requests) if name == "ask" and answers[i] is None]
         if new and time.monotonic() >= self.settled_s:
             self._place()
             for i in new:
-                answers[i] = self._granted(requests[i][1][0])
+                answers[i] = self._answer(self._granted, requests[i][1])
         self._place_soon()
         return answers
+
+    def _answer(self, method: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        try:
+            return method(*arguments)
+        except BerthError as e:
+            return e
 
     def ask(self, ask: Ask) -> Lease | None:
         """The lease of a trajectory if it has one.
@@ -185,7 +190,7 @@ class Ledger:
         """The lease; a home that the row has left frees its pages."""
         if lease is not None and lease.replica is not None:
             before = self.homes.get(ask.row_id, lease.replica)
-            if before != lease.replica:
+            if before != lease.replica and before in self.heard:
                 self.orders[before].append(ask.row_id)
             self.homes[ask.row_id] = lease.replica
         return lease
@@ -209,10 +214,15 @@ class Ledger:
         charged: dict[str, float] = {}
         rows: dict[str, int] = {}
         for pool in self.core.pools.values():
-            for replica, r in pool.index.items():
-                charged[replica] = float(pool.charged[r, 0, 0]) / 256 + float(pool.shared[r])
-                rows[replica] = int(pool.residents[r])
+            charged |= pool.charged_pages()
+            rows |= {replica: int(pool.residents[r]) for replica, r in pool.index.items()}
         return {"leases": len(self.core.where), "charged_pages": charged, "rows": rows, "homes": dict(self.homes)}
+
+    def _measure(self) -> None:
+        for name, pool in self.core.pools.items():
+            charged = dict.fromkeys(self.measured[name], 0.0) | pool.charged_pages()  # none at a replica that is gone
+            self.metrics.tell(name, int(pool.residents[list(pool.index.values())].sum()), pool.queued, charged)
+            self.measured[name] = set(pool.index)
 
     def _place_soon(self) -> None:
         loop = asyncio.get_running_loop()
@@ -246,14 +256,18 @@ class Ledger:
                 if home is not None:
                     self.orders[home].append(row_id)
             self._place_soon()
+            self._measure()
 
 
 def start(name: str, pools: Mapping[str, int | None], **options: float) -> Any:
-    """Start the actor under a name that replicas and agents find it by; it restarts as often as it dies."""
+    """Start the actor under a name that replicas find it by, beside this process, with which it ends; until then it
+    restarts as often as it dies, and requests wait for it."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    endless = {"max_restarts": -1, "max_task_retries": -1, "max_concurrency": 100_000}
     actor: Any = ray.remote(Ledger)
-    return actor.options(
-        name=name, namespace=NAMESPACE, num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=100_000
-    ).remote(pools, **options)
+    return actor.options(name=name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here, **endless).remote(
+        pools, **options
+    )
 
 
 def find(name: str) -> Any:
@@ -318,6 +332,7 @@ class Reporter:
         self.residents: dict[str, Resident] = {}
         self.running: Counter[str] = Counter()
         self.prefilled, self.prefill_s = 0, 0.0
+        self.metrics = ReplicaMetrics(pool, replica)
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -367,6 +382,7 @@ class Reporter:
         ask_all = False
         ledger: Any = None
         while True:
+            self.metrics.tell(self.engine.capacity(), getattr(self.engine, "events", {}))
             try:
                 ledger = ledger or find(self.ledger)
                 orders: Orders = await ledger.report.remote(self.report(all_residents=ask_all))

@@ -41,6 +41,12 @@ def quantiles_of(forecast: Forecast) -> tuple[float, ...]:
     return (forecast.prompt_tokens, *forecast.quantile_tokens)
 
 
+def own_pages(tokens: int, shared_tokens: int, page_tokens: int) -> int:
+    """Pages that one row of so many tokens is charged: whole ones, without those of the prompt that all have in common,
+    which are charged once; 0 for an engine without pages."""
+    return max(1, -(-tokens // page_tokens) - shared_tokens // page_tokens) if page_tokens else 0
+
+
 def survival(tokens_BH: Floats, quantiles_BK: Floats) -> Floats:
     """P(peak > tokens) under peaks with these quantiles at LEVELS, linear between them."""
     above_BH = (tokens_BH[:, :, None] >= quantiles_BK[:, None, :]).sum(2)
@@ -171,6 +177,10 @@ class Pool:
     def largest(self) -> float:
         """Pages of the largest live replica."""
         return float(self.pages.max(initial=0.0))
+
+    def charged_pages(self) -> dict[str, float]:
+        """Pages that the residents of each replica are expected to hold now, shared ones once."""
+        return {replica: self.charged[r, 0, 0] / _UNIT + self.shared[r] for replica, r in self.index.items()}
 
     def replica_up(self, replica: str, pages: int, slots: int, refill_s: float = np.inf) -> None:
         """A replica joins, or says its sizes again."""
@@ -551,9 +561,8 @@ class Pool:
     def replied(self, row_id: str, attempt: int, tokens: int, now_s: float) -> None:
         """A row's call is answered: it holds so many tokens and waits for its tool."""
         row = self.slot.get(row_id)
-        if (
-            row is not None and self.attempt[row] == attempt and tokens >= self.tokens[row]
-        ):  # else the next call was first
+        known = row is not None and self.attempt[row] == attempt
+        if known and tokens >= self.tokens[row]:  # fewer: the next call has overtaken this news
             one = np.array([row])
             self.advance(one, np.array([float(tokens)]), 1)
             self.waits(one, now_s)

@@ -75,10 +75,19 @@ class Forecaster:
     def observe(self, row: Mapping[str, Any]) -> None:
         """Learn from a row of `results/`; rows that a failure cut off teach nothing."""
         self._running[row["row_id"]] = row
+        self._learn_ended()
+
+    def drop(self, row_id: str) -> None:
+        """A row that was begun ends elsewhere, and teaches nothing here."""
+        self._running.pop(row_id, None)
+        self._learn_ended()
+
+    def _learn_ended(self) -> None:
         for row_id, ended in list(self._running.items()):
             if ended is None:
                 break
-            self._learn(self._running.pop(row_id) or ended, _OWN)
+            self._learn(ended, _OWN)
+            del self._running[row_id]
 
     def _learn(self, row: Mapping[str, Any], source: float) -> None:
         prompt, peak = row["prompt_tokens"], row["peak_tokens"]

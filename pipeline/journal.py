@@ -151,7 +151,7 @@ class Journal:
             case _:
                 pass
 
-    async def begin(self, row_id: str, pool: str | None, rung: str) -> Begin:
+    async def begin(self, row_id: str, pool: str | None, rung: str, predicted_bytes: int | None = None) -> Begin:
         """Record the start of an attempt; returns when it is durable. `pool` is None where it is still to be chosen.
 
         The last attempt of a row runs alone among such attempts: a row that kills its replica every time takes
@@ -173,7 +173,8 @@ class Journal:
         row.lost_here += 1
         self.progress.running += 1
         attempt = row.attempts
-        await self._append({"kind": "begin", "row_id": row_id, "attempt": attempt, "pool": pool, "rung": rung})
+        record = {"kind": "begin", "row_id": row_id, "attempt": attempt, "pool": pool, "rung": rung}
+        await self._append(record | {"predicted_bytes": predicted_bytes})
         row.next_event = len(row.events)  # what an earlier attempt still had under way is on storage by now
         return Begin(attempt, events=row.events)
 
@@ -352,10 +353,11 @@ class Journal:
         return starts
 
     def records(self) -> list[dict[str, Any]]:
-        """All records, in the order of writing, finished rows without their content."""
+        """All records, in the order of writing; of finished rows no more than what they cost."""
         found: dict[tuple[str, int, str], dict[str, Any]] = {}
         for record, _ in self._read_all():
-            record.pop("row", None)
+            if (row := record.pop("row", None)) is not None:
+                record |= {"gpu_s": row.get("gpu_s"), "kv_bytes": row.get("observed_peak_bytes")}
             if record["kind"] in ("begin", "fail", "finish"):
                 found[record["row_id"], record["attempt"], record["kind"]] = record
         return list(found.values())

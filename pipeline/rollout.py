@@ -35,18 +35,21 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import ledger
 from actors.agent import Limits, Rollout
+from actors.engine.protocol import Capacity
 from actors.errors import EngineDead, EngineError, Fenced, Incomplete, InputError, NotHome, OutOfMemory
 from actors.ladder import GiveUp, Hardware, Shortage, Standing, next_rung
-from actors.messages import Call, Generation, Numerics, Reply, Sampling, Trajectory
+from actors.messages import Call, Forecast, Generation, Numerics, Reply, Sampling, Trajectory
+from actors.placement import own_pages
 from actors.router import session_id
 from pipeline import preflight
 from pipeline.batched import Batched
 from pipeline.config import RunConfig
+from pipeline.footprint import Forecaster
 from pipeline.journal import Begin, Journal, Progress
 from pipeline.pools import Served
 from pipeline.preflight import Prepared, limits_of
 from pipeline.suite import Suite
-from pipeline.tables import RESULTS, RunFacts, forecast_from_row, result_row, rows_to_table, task_from_row
+from pipeline.tables import RESULTS, RunFacts, result_row, rows_to_table, task_from_row
 
 log = logging.getLogger("berth")
 
@@ -70,19 +73,23 @@ class Job:
 
     Attributes:
         limits: bounds of a trajectory; the context is the model's.
+        capacity: sizes of one replica of the smallest pool.
         pools: ranks of a replica of each pool, small ones first.
         rung: of the fallback that the whole run stands on, or `start`.
         concurrent: trajectories one agent actor rolls out at once.
+        forecaster: what past runs have taught; each agent goes on learning with its own.
     """
 
     config: RunConfig
     suite: Suite
     facts: RunFacts
     limits: Limits
+    capacity: Capacity
     app: str
     pools: Mapping[str, int]
     rung: str
     concurrent: int
+    forecaster: Forecaster
 
 
 class Agents:
@@ -100,6 +107,7 @@ class Agents:
         folder = resolve(model.id, model.revision, weights=False).folder
         self.tokenizer: Any = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
         self.tools = load_tools(job.suite.config.tools, job.suite.folder)
+        self.forecaster = job.forecaster
         self.threads = ToolThreads()
         self.scorers = load_scorers(job.suite.config.scorers, job.suite.folder)
         self.scoring = ThreadPoolExecutor(2, "scoring")
@@ -173,7 +181,9 @@ class Attempts:
         self.agents = agents
         self.job = agents.job
         self.task = task_from_row(manifest)
-        self.forecast = forecast_from_row(manifest)
+        self.prompt_tokens: int = manifest["prompt_tokens"]
+        self.forecast: Forecast  # from `begin` on
+        self.predicted_bytes: int | None = None
         self.lease = ledger.Leased(agents.ledger, agents.lease, self.task.row_id, self.job.suite.config.name)
         self.attempt = 0
         self.replica = ""
@@ -186,26 +196,28 @@ class Attempts:
         self.gpu_s = 0.0  # of this attempt
 
     async def begin(self) -> Begin:
-        """Ask the journal for the next attempt."""
-        begun = await self.agents.record("begin", self.task.row_id, self.wanted, self.rung)
+        """Forecast the row as well as is known by now, and ask the journal for the next attempt."""
+        self.forecast = self.agents.forecaster.forecast(self.task, self.prompt_tokens)
+        sizes = self.job.capacity
+        pages = own_pages(self.forecast.p95_tokens, self.forecast.shared_tokens, sizes.page_tokens)
+        self.predicted_bytes = pages * sizes.page_tokens * sizes.kv_bytes_token or None
+        begun = await self.agents.record("begin", self.task.row_id, self.wanted, self.rung, self.predicted_bytes)
         self.attempt, self.gpu_s = begun.attempt, 0.0
         self.tries += begun.wait_s is None
         return begun
 
     async def run(self, begun: Begin) -> dict[str, Any] | None:
         """The row that counts; None where the run is stopping."""
-        if (
-            begun.row is not None or begun.exhausted
-        ):  # the agent that had it may have died before it gave its lease back
+        if begun.row is not None or begun.exhausted:  # an agent that died may have left its lease
             self.agents.end(self.task.row_id, begun.attempt)
         if begun.row is not None or begun.stop:
             return begun.row
         try:
             trajectory = _lost(self.task, begun.attempt) if begun.exhausted else await self._trajectory(begun)
-        except Fenced:  # Ray has given the row to another agent, whose answer counts
-            return None
-        except _Stopped:
-            return (await self.begin()).row
+        except (Fenced, _Stopped) as e:
+            self.agents.forecaster.drop(self.task.row_id)
+            # Fenced: Ray has given the row to another agent, whose answer counts.
+            return None if isinstance(e, Fenced) else (await self.begin()).row
         except Exception as e:  # one row's fault must not be the run's: it stands on the row, with its place
             log.exception("row %s", self.task.row_id)
             place = traceback.extract_tb(e.__traceback__)[-1]
@@ -214,6 +226,7 @@ class Attempts:
         trajectory = replace(trajectory, attempts=max(1, self.attempt), numerics=self.numerics)
         row = await asyncio.get_running_loop().run_in_executor(self.agents.scoring, self._scored, trajectory)
         counts = await self.agents.record("finish", self.task.row_id, self.attempt, self.replica, row)
+        self.agents.forecaster.observe(counts or row)
         return counts or row
 
     async def _trajectory(self, begun: Begin) -> Trajectory:
@@ -260,6 +273,7 @@ class Attempts:
             self.home, self.pool = lease.replica, lease.pool
             session = self.agents.handles[lease.pool].options(session_id=session_id(self.home, call.row_id))
             try:
+                self.agents.forecaster.begin(self.task.row_id)
                 reply = await session.generate.remote(replace(call, home=self.home))
             except NotHome:
                 self.lease.failed(self.home)
@@ -333,7 +347,14 @@ class Attempts:
         from pipeline.scoring import score
 
         scored = score(trajectory, self.agents.scorers, self.job.suite.primary)
-        return result_row(trajectory, scored=scored, run=self.job.facts, pool=self.pool, rung=self.rung)
+        return result_row(
+            trajectory,
+            scored=scored,
+            run=self.job.facts,
+            pool=self.pool,
+            rung=self.rung,
+            predicted_peak_bytes=self.predicted_bytes,
+        )
 
 
 def _plain(error: EngineError) -> Any:
@@ -452,7 +473,7 @@ def start_journal(config: RunConfig, attempts: Mapping[str, int]) -> Any:
     ).remote(config.out + "/journal", config.limits.max_attempts, attempts)
 
 
-def plan_agents(prepared: Prepared, app: str, served: Served) -> tuple[Job, int]:
+def plan_agents(prepared: Prepared, forecaster: Forecaster, app: str, served: Served) -> tuple[Job, int]:
     """The job and the number of agent actors: as many trajectories at once as the ledger has homes for at most."""
     config = prepared.config
     agents = max(1, min(8, int(ray.cluster_resources().get("CPU", 1)) // 8))
@@ -461,10 +482,12 @@ def plan_agents(prepared: Prepared, app: str, served: Served) -> tuple[Job, int]
         suite=prepared.suite,
         facts=prepared.facts,
         limits=limits_of(config, prepared.suite, served.capacity.max_model_len),
+        capacity=served.capacity,
         app=app,
         pools={pool.name: pool.tp for pool in served.pools},
         rung=served.rung,
         concurrent=-(-sum(pool.most for pool in served.pools) * ledger.slots(served.capacity) // agents),
+        forecaster=forecaster,
     )
     return job, agents
 

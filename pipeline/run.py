@@ -81,8 +81,9 @@ def execute(prepared: Prepared, screen: Screen, retry: Collection[str] | None = 
             screen.line("run", f"already complete: {total:,} rows in {out}; nothing to do")
             return json.loads(read_bytes(f"{out}/summary.json") or b"{}") or summarize(out)
         if len(done) < total:
-            write_manifest(prepared)
-            roll_out(prepared, info, screen)
+            learned = forecaster(prepared)
+            write_manifest(prepared, learned)
+            roll_out(prepared, learned, info, screen)
         return finish(prepared, info)
 
 
@@ -154,12 +155,12 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> st
     return "\n".join(lines)
 
 
-def write_manifest(prepared: Prepared) -> None:
+def write_manifest(prepared: Prepared, learned: Forecaster) -> None:
     """The tasks with their forecasts as Parquet, largest first, once: Ray Data reads this, and resumes by it."""
     out, tasks = prepared.config.out, prepared.rows.tasks
     if count_rows(f"{out}/tasks", TASKS) == len(tasks):
         return
-    ordered = order(tasks, forecaster(prepared), prepared.prompt_tokens)
+    ordered = order(tasks, learned, prepared.prompt_tokens)
     for start in range(0, len(tasks), MANIFEST_ROWS):
         rows = [task_row(task, forecast) for task, forecast in ordered[start : start + MANIFEST_ROWS]]
         write_table(rows_to_table(rows, TASKS), f"{out}/tasks/tasks-{start // MANIFEST_ROWS:06d}.parquet")
@@ -191,7 +192,7 @@ def _exists(uri: str) -> bool:
     return fs.get_file_info(path).type != FileType.NotFound
 
 
-def roll_out(prepared: Prepared, info: dict[str, Any], screen: Screen) -> None:
+def roll_out(prepared: Prepared, learned: Forecaster, info: dict[str, Any], screen: Screen) -> None:
     """Start Ray and the replicas, roll out what is missing, stop them."""
     import ray
     from ray import serve
@@ -225,10 +226,12 @@ def roll_out(prepared: Prepared, info: dict[str, Any], screen: Screen) -> None:
             info["numerics"] = {name: getattr(numerics, name) for name in numerics.__slots__}
             info["gpus"] = rollout.cluster_gpus()
             write_json(info, f"{config.out}/run.json")
-            job, agents = rollout.plan_agents(prepared, app, served)
+            job, agents = rollout.plan_agents(prepared, learned, app, served)
             share = pools.sharing(app, served.pools, leases, lambda said: screen.line("pools", said))
             _roll(lambda: rollout.rollouts(job, journal, leases, agents), journal, share, len(done), prepared, screen)
-            write_attempts(config.out, ray.get(journal.records.remote()))
+            write_attempts(
+                config.out, ray.get(journal.records.remote()), capacity.kv_bytes_token * capacity.page_tokens
+            )
         finally:
             if keeper is not None:
                 ray.kill(keeper)
@@ -293,8 +296,12 @@ def budget(config: RunConfig, gpus: Callable[[], int]) -> Callable[[], bool]:
     return reached
 
 
-def write_attempts(out: str, records: list[dict[str, Any]]) -> None:
-    """attempts/ from the journal, beside what is there: one row for each attempt that began."""
+def write_attempts(out: str, records: list[dict[str, Any]], page_bytes: int = 0) -> None:
+    """attempts/ from the journal, beside what is there: one row for each attempt that began.
+
+    Args:
+        page_bytes: KV bytes a page; 0 for an engine without pages.
+    """
     begun: dict[tuple[str, int], dict[str, Any]] = {}
     ended: dict[tuple[str, int], dict[str, Any]] = {}
     for record in records:
@@ -317,6 +324,9 @@ def write_attempts(out: str, records: list[dict[str, Any]]) -> None:
             "replica": end.get("replica"),
             "outcome": end.get("status", "failed") if end else "lost",
             "cause": end.get("cause"),
+            "predicted_bytes": start.get("predicted_bytes"),
+            "kv_pages": -(-end["kv_bytes"] // page_bytes) if page_bytes and end.get("kv_bytes") else None,
+            "gpu_s": end.get("gpu_s"),
             "lost_gpu_s": end.get("lost_gpu_s"),
         }
 

@@ -39,6 +39,14 @@ def tell(screen: Screen, out: str, summary: dict[str, Any]) -> None:
     for error, count in list(summary["errors"].items())[:3]:
         screen.line("", f"{count:,} × {error}")
     _speed(screen, summary)
+    if memory := summary["memory"]:
+        predicted, observed = (memory[name]["mean"] / 2**20 for name in ("predicted_bytes", "observed_bytes"))
+        above = memory["above_predicted_fraction"]
+        screen.line(
+            "memory",
+            f"KV of a row at its peak: {predicted:,.1f} MiB predicted (p95), {observed:,.1f} MiB observed, means; "
+            f"{above:.1%} of rows took more than predicted",
+        )
     screen.line("tables", f"{out}/results/*.parquet   (pandas.read_parquet reads the folder)")
     screen.line("report", f"{out}/report.html")
 

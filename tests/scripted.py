@@ -93,7 +93,8 @@ class ScriptedEngine:
             return future
         if request.matcher is not None:
             request.matcher(ids)
-        usage = Usage(len(request.token_ids), len(request.token_ids), 0, len(ids), batch_max=1, gpu_s=0.0)
+        held = PAGE * self.held.get(request.sequence_id, 0)
+        usage = Usage(len(request.token_ids), len(request.token_ids), 0, len(ids), held, batch_max=1, gpu_s=0.0)
         answer = Generation(ids, "stop", usage)
         if path := self.script.get("count"):
             with open(path, "a", encoding="utf-8") as file:

@@ -64,3 +64,6 @@ def test_budgets_are_kept_and_no_lease_is_left(tmp_path, victim):
     assert all(pages == 0 for pages in seen[-1]["charged_pages"].values())
     attempts = pd.read_parquet(Path(out) / "attempts")
     assert (attempts["outcome"] == "ok").sum() == ROWS
+    ended = attempts[attempts["outcome"] == "ok"]
+    assert (ended["kv_pages"] == 7).all()
+    assert (ended["predicted_bytes"] > 0).all()

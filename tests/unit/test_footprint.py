@@ -217,18 +217,17 @@ def test_a_wrong_forecast_changes_the_order_and_nothing_else(prepared, monkeypat
             peak = 10**9 + task.seed % 10**9
             return Forecast(1, 1, peak, peak, (peak,) * len(FORECAST_LEVELS), 10**6)
 
-    def manifest(out: str) -> tuple[list[dict], Limits]:
+    def manifest(out: str, learned: Forecaster) -> tuple[list[dict], Limits]:
         served = Served(sized({"single": Pool()}, 0), NUMERICS, Capacity(4096, 8))
         made = replace(prepared, config=prepared.config.model_copy(update={"out": out}))
-        write_manifest(made)
-        job, _ = rollout.plan_agents(made, "app", served)
+        write_manifest(made, learned)
+        job, _ = rollout.plan_agents(made, learned, "app", served)
         return read_table(f"{out}/tasks", TASKS).to_pylist(), job.limits
 
     monkeypatch.setattr(rollout, "ray", SimpleNamespace(cluster_resources=lambda: {"CPU": 2}))
     base = prepared.config.out
-    rows, limits = manifest(base + "a")
-    monkeypatch.setattr(run_module, "forecaster", lambda _: Wrong(LIMITS))
-    wrong, wrong_limits = manifest(base + "b")
+    rows, limits = manifest(base + "a", forecaster(prepared))
+    wrong, wrong_limits = manifest(base + "b", Wrong(LIMITS))
 
     def by_id(found: list[dict]) -> dict[str, dict]:
         forecasts = {item.name for item in fields(Forecast)}

@@ -79,6 +79,7 @@ def test_only_what_is_missing_is_rolled_out(tmp_path, monkeypatch):
     rolled = []
     monkeypatch.setattr(module, "open_folder", lambda prepared: {"identity": {}, "config": {}, "suite": {}})
     monkeypatch.setattr(module, "reconcile", lambda *_: {"a/0", "b/0"})
+    monkeypatch.setattr(module, "forecaster", lambda _: None)
     monkeypatch.setattr(module, "write_manifest", lambda *_: None)
     monkeypatch.setattr(module, "roll_out", lambda *_: rolled.append(1))
     with pytest.raises(Incomplete, match="0 of 3 rows"):
@@ -96,6 +97,13 @@ def test_all_rows_without_a_summary_only_need_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "roll_out", lambda *_: pytest.fail("nothing is left to roll out"))
     assert module.execute(prepared, SimpleNamespace(line=lambda *_: None)) == {"rows": 3}
     assert run_info(str(out))["finished_at"]
+
+
+def test_attempts_tell_what_was_predicted_and_what_was_used(tmp_path):
+    begun = record("begin", 1) | {"predicted_bytes": 4096}
+    write_attempts(str(tmp_path), [begun, record("finish", 1, status="ok", gpu_s=0.5, kv_bytes=2049)], page_bytes=1024)
+    [row] = read_table(tmp_path / "attempts", ATTEMPTS).to_pylist()
+    assert (row["predicted_bytes"], row["kv_pages"], row["gpu_s"]) == (4096, 3, 0.5)
 
 
 def test_attempts_of_earlier_runs_stay(tmp_path):

@@ -1,0 +1,189 @@
+"""Rows through an agent, with ledger, journal and the scripted engine in this process: no Ray, no model."""
+
+import asyncio
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pytest
+
+from actors.engine.protocol import Capacity, EngineSpec, Request
+from actors.errors import NotHome
+from actors.ledger import Ledger, Report
+from actors.messages import FORECAST_LEVELS, Forecast, Reply
+from actors.stopping import TurnMatcher
+from actors.tools import ToolThreads
+from bench.pipeline import write_run
+from pipeline.batched import Batched
+from pipeline.config import load_run
+from pipeline.footprint import Forecaster, order
+from pipeline.journal import Journal
+from pipeline.preflight import prepare
+from pipeline.run import untaught
+from pipeline.tables import TASKS, rows_to_table, task_row
+from tests.scripted import ScriptedEngine
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Ray's own
+    from pipeline import rollout
+
+MAY_DIFFER = {"queue_s", "prefill_s", "decode_s", "tool_s", "gpu_s", "trajectory", "predicted_peak_bytes"}
+ROOM = Report("single", "r0", 400, 16, 64)
+
+
+class Handle:
+    """The replicas r0 and r1: what they were asked, and what fails."""
+
+    def __init__(self, engine: ScriptedEngine):
+        self.engine, self.calls, self.ended, self.refuse = engine, [], [], Counter()
+        self.generate, self.end = SimpleNamespace(remote=self._generate), SimpleNamespace(remote=self._end)
+
+    def options(self, session_id):
+        return self
+
+    async def _generate(self, call):
+        self.calls.append(call)
+        if self.refuse[call.home]:
+            self.refuse[call.home] -= 1
+            raise NotHome
+        matcher = TurnMatcher(call.turn, self.engine.tokenizer)
+        request = Request(call.token_ids, call.row_id, call.turn.max_tokens, call.sampling, matcher=matcher)
+        return Reply(await asyncio.wrap_future(self.engine.submit(request)), call.home, self.engine.numerics)
+
+    async def _end(self, row_ids):
+        self.ended += row_ids
+
+
+class Local(rollout.Agents):
+    """Agents whose journal, ledger and replicas are objects of this process."""
+
+    def __init__(self, prepared, job, folder, engine):
+        self.job, self.tokenizer, self.tools, self.scorers = job, prepared.tokenizer, prepared.tools, prepared.scorers
+        self.threads, self.scoring, self.running = ToolThreads(), ThreadPoolExecutor(1), None
+        self.forecaster, self.handle = job.forecaster, Handle(engine)
+        self.books = Ledger({"single": None})
+        self.ledger = SimpleNamespace(
+            **{name: SimpleNamespace(remote=getattr(self.books, name)) for name in ("do", "acquire")}
+        )
+        self._journal = Batched(Journal(str(folder)).do, 0.001)
+        self.lease, self._endings = Batched(self._send_leases, 0.001), Batched(self._send_endings, 0.001)
+
+    async def run(self, *reports):
+        for report in reports or (ROOM,):
+            await self.books.report(report)
+        tasks = rows_to_table([task_row(task, forecast) for task, forecast in PREPARED["rows"]], TASKS)
+        [table] = [table async for table in self(tasks)]
+        await asyncio.sleep(0.05)
+        return table
+
+
+PREPARED: dict = {}
+
+
+@pytest.fixture(scope="module")
+def agents(tmp_path_factory):
+    """Makes Agents of 6 rows with this forecaster."""
+    folder = tmp_path_factory.mktemp("suite")
+    prepared = prepare(load_run(write_run(folder, 6)))
+    PREPARED["rows"] = order(prepared.rows.tasks, untaught(prepared), prepared.prompt_tokens)
+    PREPARED["tasks"] = [task for task, _ in PREPARED["rows"]]
+    engine = ScriptedEngine(EngineSpec("smollm2-135m"))
+
+    def make(forecaster: Forecaster | None = None) -> Local:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rollout, "ray", SimpleNamespace(cluster_resources=lambda: {"CPU": 2}))
+            sizes = Capacity(8192, 8, kv_bytes_token=100, page_tokens=16)
+            job, _ = rollout.plan_agents(prepared, forecaster or untaught(prepared), "app", sizes, 1)
+        return Local(prepared, job, tmp_path_factory.mktemp("journal"), engine)
+
+    return make
+
+
+def content(table: pa.Table) -> list[dict]:
+    rows = sorted(table.to_pylist(), key=lambda row: row["row_id"])
+    for row in rows:
+        row["steps"] = [(step["thought"], step["action"], step["observation"]) for step in row["trajectory"]]
+    return [{name: value for name, value in row.items() if name not in MAY_DIFFER} for row in rows]
+
+
+class Wrong(Forecaster):
+    """Foretells giants, or nothing."""
+
+    def __init__(self, made: Forecaster, tokens: int):
+        super().__init__(made.limits)
+        self.tokens = tokens
+
+    def forecast(self, task, prompt_tokens):
+        peaks = (self.tokens,) * len(FORECAST_LEVELS)
+        return Forecast(prompt_tokens, 0, self.tokens, self.tokens, peaks, 1)
+
+
+@pytest.mark.parametrize("tokens", [1, 10**7])
+async def test_a_forecast_changes_no_limit_no_output_and_no_seed(agents, tokens):
+    right = agents()
+    wrong = agents(Wrong(right.forecaster, tokens))
+    assert wrong.job.limits == right.job.limits
+    rows, others = content(await right.run()), content(await wrong.run())
+    assert len(rows) == 6
+    assert rows == others
+
+    def asked(made: Local) -> list:
+        return sorted(made.handle.calls, key=lambda call: (call.row_id, len(call.token_ids)))
+
+    assert asked(wrong) == asked(right)  # token ids, stages, sampling and seed of every call
+
+
+async def test_finished_rows_teach_the_forecaster_of_their_agent(agents):
+    made = agents()
+    task = PREPARED["tasks"][0]
+    before = made.forecaster.forecast(task, 100)
+    table = await made.run()
+    after = made.forecaster.forecast(task, 100)
+    rows = table.select(["prompt_tokens", "peak_tokens"]).to_pylist()
+    grown = sum(row["peak_tokens"] - row["prompt_tokens"] for row in rows) / len(rows)
+    assert abs(after.p50_tokens - 100 - grown) < abs(before.p50_tokens - 100 - grown)
+    assert not made.forecaster._running
+
+
+async def test_rows_say_what_was_predicted_of_them(agents):
+    made = agents()
+    rows = {row["row_id"]: row["predicted_peak_bytes"] for row in (await made.run()).to_pylist()}
+    for task, forecast in PREPARED["rows"]:
+        pages = -(-forecast.p95_tokens // 16) - forecast.shared_tokens // 16
+        assert rows[task.row_id] == pages * 16 * 100
+
+
+async def test_every_lease_and_every_page_is_given_back(agents):
+    made = agents()
+    await made.run()
+    assert (await made.books.state())["leases"] == 0
+    assert sorted(made.handle.ended) == sorted(task.row_id for task in PREPARED["tasks"])
+
+
+async def test_a_call_that_did_not_reach_its_home_is_made_again_and_counts_as_no_attempt(agents, monkeypatch):
+    monkeypatch.setattr(rollout, "RETRY_S", 0.01)
+    made = agents()
+    made.handle.refuse["r0"] = 3
+    table = await made.run(ROOM, Report("single", "r1", 400, 16, 64))
+    assert set(table["attempts"].to_pylist()) == {1}
+    assert set(table["status"].to_pylist()) == {"ok"}
+
+
+async def test_a_fenced_row_is_left_to_its_successor(agents, monkeypatch):
+    made = agents()
+    ask, row_id = made.books.core.ask, PREPARED["tasks"][0].row_id
+
+    def overtaken(asked, now_s):
+        if asked.row_id == row_id and asked.tokens > asked.forecast.prompt_tokens:
+            ask(replace(asked, attempt=2), now_s)
+        return ask(asked, now_s)
+
+    monkeypatch.setattr(made.books.core, "ask", overtaken)
+    table = await made.run()
+    assert len(table) == 5
+    assert row_id not in table["row_id"].to_pylist() + made.handle.ended
+    assert (await made.books.state())["leases"] == 1
+    assert not made.forecaster._running
