@@ -7,8 +7,8 @@
     │   └── RunConflict       the run folder is locked, or holds another run
     ├── Incomplete            the run stopped in good order and can be resumed: exit 3
     ├── EngineError           one request, or the engine itself
-    │   ├── ContextOverflow   the request alone exceeds the context or the whole KV pool
-    │   ├── OutOfMemory       fails alone at the smallest bound
+    │   ├── ContextOverflow   the request alone exceeds the model's context
+    │   ├── OutOfMemory       exceeds the whole KV pool, or fails alone at the smallest bound: another pool may do
     │   ├── Cancelled         the sequence was ended while the request ran
     │   └── EngineDead        the engine cannot go on; its replica must be replaced
     ├── Fenced                a higher attempt of the row has taken its lease over
@@ -21,6 +21,10 @@ Knows nothing of the rest of the project.
 """
 
 from __future__ import annotations
+
+from typing import Literal
+
+Stage = Literal["load", "prefill", "decode", "never_fits"]
 
 
 class BerthError(Exception):
@@ -80,11 +84,24 @@ class EngineError(BerthError):
 
 
 class ContextOverflow(EngineError):
-    """The request alone needs more context or KV pages than the engine has."""
+    """The request alone needs a longer context than the model has."""
 
 
 class OutOfMemory(EngineError):
-    """The request failed alone at the smallest bound."""
+    """The model, or the request alone at the smallest bound, needs more memory than a replica has.
+
+    Args:
+        text: what happened.
+        stage: where memory ran out: `load`, `prefill`, `decode`, or `never_fits` where it was refused unrun.
+        needed_bytes, free_bytes: what it takes and what there is, on all ranks together; None where not known.
+    """
+
+    def __init__(
+        self, text: str, stage: Stage = "decode", needed_bytes: int | None = None, free_bytes: int | None = None
+    ):
+        super().__init__(text)
+        self.stage: Stage = stage
+        self.needed_bytes, self.free_bytes = needed_bytes, free_bytes
 
 
 class Cancelled(EngineError):

@@ -7,9 +7,9 @@ Pure functions: they run in a notebook, and nothing here loads, measures or retr
     a list           as written
 
 Within an attempt the engine makes its batch smaller by itself, so a row that it gives back stands at its smallest
-bound, and goes to the sharded pool next. A rung is passed over only where it is illegal: it changes nothing here, it
-has no bearing on the cause, the engine does not do it, the KV heads do not divide, or there are not enough GPUs on a
-node. Giving up says all of that, with numbers.
+bound, and goes to a larger pool next. A rung is passed over only where it is illegal: it changes nothing here, it has
+no bearing on the cause, the engine does not do it, the run has no larger pool, the KV heads do not divide, or there are
+not enough GPUs on a node. Giving up says all of that, with numbers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ POLICIES = {
     "memory_first": ("half_precision", "kv_int8", "kv_fp8", "kv_sparse", "shard", "smaller_batch"),
 }
 MIN_PREFILL_TOKENS = 64
-SHARDS = (2, 4, 8)
+GANGS = ((2, "sharded"), (4, "sharded"), (8, "sharded"))
 _NOT_MEMORY = frozenset({"dead_context", "rank_lost"})
 # What a rung cannot help: the batch has no bearing on weights, nor on a row that is too long alone; KV none on weights.
 _NO_HELP = {
@@ -73,19 +73,21 @@ class Hardware:
     """What there is.
 
     Attributes:
-        gpus_per_node: a gang lies on one node.
-        kv_heads: of the model; a gang's size divides them.
+        gpus_per_node: a gang lies on one node; None: as many as any gang wants.
+        kv_heads: of the model; a gang's size divides them. None: the gangs were checked against them.
         half_dtype: what half precision means on these devices.
+        gangs: size and pool of the gangs that may be formed, smallest first.
     """
 
-    gpus_per_node: int
-    kv_heads: int
+    gpus_per_node: int | None = None
+    kv_heads: int | None = None
     half_dtype: str = "bfloat16"
+    gangs: tuple[tuple[int, str], ...] = GANGS
 
 
 @dataclass(frozen=True, slots=True)
 class Shortage:
-    """The numbers of a failure, in bytes on one device; None where they are not known."""
+    """The numbers of a failure, in bytes on all ranks together; None where they are not known."""
 
     needed_bytes: int | None = None
     free_bytes: int | None = None
@@ -225,13 +227,13 @@ def _step(name: str, standing: Standing, hardware: Hardware, offered: frozenset[
 
 def _shard(standing: Standing, hardware: Hardware) -> Standing | str:
     refusals: list[str] = []
-    for size in SHARDS:
+    for size, pool in hardware.gangs:
         if size <= standing.tp:
             continue
-        if hardware.kv_heads % size:
+        if hardware.kv_heads is not None and hardware.kv_heads % size:
             refusals.append(f"{hardware.kv_heads} KV heads do not divide by {size}")
-        elif size > hardware.gpus_per_node:
+        elif hardware.gpus_per_node is not None and size > hardware.gpus_per_node:
             refusals.append(f"{size} GPUs on a node are wanted, there are {hardware.gpus_per_node}")
         else:
-            return replace(standing, pool="sharded", tp=size)
-    return ", ".join(refusals) or f"already over {standing.tp} GPUs"
+            return replace(standing, pool=pool, tp=size)
+    return ", ".join(refusals) or f"no pool is sharded over more than {standing.tp}"

@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine.protocol import Capacity, Engine
-from actors.errors import Fenced
+from actors.errors import BerthError, EngineError, Fenced
 from actors.messages import Ask, Call, Forecast, Lease, Resident, Usage
 from actors.metrics import LedgerMetrics, ReplicaMetrics
 from actors.placement import Placement
@@ -93,6 +93,7 @@ class Ledger:
         self.homes: dict[str, str] = {}
         self.orders: defaultdict[str, list[str]] = defaultdict(list)
         self.waiting: dict[str, asyncio.Future[None]] = {}
+        self.closed: dict[str, EngineError] = {}
         restarted = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
         self.settled_s = time.monotonic() + (settle_s if restarted else 0.0)
         self.metrics = LedgerMetrics()
@@ -105,6 +106,7 @@ class Ledger:
 
         Raises:
             Fenced: a higher attempt has taken the row over.
+            EngineError: its pool cannot start.
         """
         if (lease := self.ask(ask)) is None:
             self._place_soon()
@@ -116,8 +118,8 @@ class Ledger:
         return lease
 
     async def do(self, requests: Sequence[tuple[str, tuple[Any, ...]]]) -> list[Any]:
-        """Several `ask`, `replied` and `end` at once, (name, arguments) each, in order: a Lease or None, or Fenced as a
-        value. Waits for nobody: None to an `ask` means that `acquire` has to."""
+        """Several `ask`, `replied` and `end` at once, (name, arguments) each, in order: a Lease or None, or an error as
+        a value. Waits for nobody: None to an `ask` means that `acquire` has to."""
         answers = [self._answer(getattr(self, name), arguments) for name, arguments in requests]
         new = [i for i, (name, _) in enumerate(requests) if name == "ask" and answers[i] is None]
         if new and time.monotonic() >= self.settled_s:
@@ -130,7 +132,7 @@ class Ledger:
     def _answer(self, method: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         try:
             return method(*arguments)
-        except Fenced as e:
+        except BerthError as e:
             return e
 
     def ask(self, ask: Ask) -> Lease | None:
@@ -138,8 +140,9 @@ class Ledger:
 
         Raises:
             Fenced: a higher attempt has taken the row over.
+            EngineError: its pool cannot start.
         """
-        return self._home(ask, self.core.ask(ask, time.monotonic()))
+        return self._home(ask, self._open(ask, self.core.ask(ask, time.monotonic())))
 
     def replied(self, row_id: str, attempt: int, tokens: int) -> None:
         """A call is answered: the row holds so many tokens and waits for its tool."""
@@ -157,7 +160,31 @@ class Ledger:
         lease = self.core.lease(ask.row_id)
         if lease is not None and lease.attempt > ask.attempt:
             raise Fenced(f"attempt {lease.attempt} of {ask.row_id} has taken over from {ask.attempt}")
-        return self._home(ask, lease)
+        return self._home(ask, self._open(ask, lease))
+
+    def _open(self, ask: Ask, lease: Lease | None) -> Lease | None:
+        """The lease, unless the row's pool is closed: it leaves it then."""
+        error = self.closed.get(self.core.where[ask.row_id][0].name) if ask.row_id in self.core.where else None
+        if error is not None:
+            self.end(ask.row_id, ask.attempt)
+            raise error
+        return lease
+
+    async def close(self, pool: str, error: EngineError) -> None:
+        """Rows that want this pool get the error from now on: it cannot start."""
+        self.closed[pool] = error
+        for waiting in self.waiting.values():  # all ask again
+            if not waiting.done():
+                waiting.set_result(None)
+        self.waiting.clear()
+
+    async def pools(self) -> dict[str, tuple[int, int | None, int]]:
+        """By pool: rows that have a home there or wait for one, rows that one replica takes where that is known, and
+        replicas."""
+        return {
+            name: (len(pool.slot), int(pool.slots.max(initial=0)) or None, len(pool.index))
+            for name, pool in self.core.pools.items()
+        }
 
     def _home(self, ask: Ask, lease: Lease | None) -> Lease | None:
         """The lease; a home that the row has left frees its pages."""
@@ -269,13 +296,14 @@ class Leased:
 
         Raises:
             Fenced: a higher attempt has taken the row over.
+            EngineError: its pool cannot start.
         """
         self.attempt = attempt
         ask = Ask(self.row_id, attempt, self.suite, forecast, tokens, self.home, self.avoid, pool)
         lease = await self.send(("ask", (ask,)))
         while lease is None:
             lease = await self.ledger.acquire.remote(ask)
-        if isinstance(lease, Fenced):
+        if isinstance(lease, BerthError):
             raise lease
         return lease
 

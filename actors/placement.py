@@ -603,7 +603,8 @@ class Placement:
     """All pools: which one a row goes to, and its lease there.
 
     Args:
-        pools: name → pages of one replica where that is known before any has started; small pools first.
+        pools: name → pages of one replica where that is known before any has started; small pools first. Calls start
+            the first; the others are started for the rows that wait for them.
     """
 
     PROVISIONAL = 8
@@ -622,6 +623,7 @@ class Placement:
         if new and not self.pools[pool].index:
             self.pools[pool].set_page_tokens(page_tokens)
         self.pools[pool].replica_up(replica, pages, slots, refill_s)
+        self.declared[pool] = max(pages, self.declared[pool] or 0)
         return new
 
     def ask(self, ask: Ask, now_s: float) -> Lease | None:
@@ -644,7 +646,8 @@ class Placement:
     def _choose(self, forecast: Forecast) -> tuple[Pool, bool]:
         """The first pool with a replica that the row alone does not outgrow, in 99 of 100 cases; else the largest."""
         tokens = float(np.interp(0.99, LEVELS, quantiles_of(forecast)))
-        sizes = {name: pool.largest or self.declared[name] or 0 for name, pool in self.pools.items()}
+        # A pool that has never had a replica may hold anything.
+        sizes = {name: pool.largest or self.declared[name] or np.inf for name, pool in self.pools.items()}
         for name, pool in self.pools.items():
             if not pool.page_tokens or -(-tokens // pool.page_tokens) <= sizes[name]:
                 return pool, True
@@ -656,7 +659,8 @@ class Placement:
             return None
         pool, fits = self.where[row_id]
         row, home, early = pool.slot[row_id], pool.home_of(row_id), self._provisional[pool.name]
-        if home is None and not pool.index and (row_id in early or len(early) < self.PROVISIONAL):
+        starts = pool is next(iter(self.pools.values())) and not pool.index
+        if home is None and starts and (row_id in early or len(early) < self.PROVISIONAL):
             early.add(row_id)
         elif home is None:
             return None

@@ -38,9 +38,10 @@ class Replica:
         threads: CPU threads of torch; 0 leaves torch's own number.
         ledger: name of the ledger that it reports to.
         pool: the pool that it belongs to.
+        larger: the run's other pools, which Serve keeps beside this one; not called.
     """
 
-    def __init__(self, spec: EngineSpec, threads: int, ledger: str, pool: str):
+    def __init__(self, spec: EngineSpec, threads: int, ledger: str, pool: str, *larger: Any):
         if threads:
             import torch
 

@@ -111,7 +111,9 @@ class Pool(Part):
         description="GPUs a rank; auto: 1 where the cluster has some now, so say 1 where it starts from none",
     )
     replicas: PositiveInt | Auto | ReplicaRange = Field(
-        default="auto", description="auto: one for each GPU, or one on a CPU"
+        default="auto",
+        description="auto: one for each GPU, or one on a CPU; of a larger pool beside a smaller one: none until a row "
+        "needs it",
     )
     labels: dict[str, str] = Field(default_factory=dict, description="Ray node labels a replica's node must have")
 
@@ -170,7 +172,10 @@ class RunConfig(Part):
     fallback: Literal["same_precision", "memory_first"] | list[str] = Field(
         "same_precision", description="what to do when memory runs out"
     )
-    pools: dict[str, Pool] = Field(default_factory=lambda: {"single": Pool()}, description="Serve deployments")
+    pools: dict[str, Pool] = Field(
+        default_factory=lambda: {"single": Pool()},
+        description="Serve deployments; a row goes to the smallest that it fits",
+    )
     journal: Literal["rows", "steps"] = Field(
         default="rows", description="what survives a crash: finished rows, or each step of unfinished ones as well"
     )

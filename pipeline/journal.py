@@ -160,8 +160,8 @@ class Journal:
             case _:
                 pass
 
-    async def begin(self, row_id: str, pool: str, rung: str, predicted_bytes: int | None = None) -> Begin:
-        """Record the start of an attempt; returns when it is durable.
+    async def begin(self, row_id: str, pool: str | None, rung: str, predicted_bytes: int | None = None) -> Begin:
+        """Record the start of an attempt; returns when it is durable. `pool` is None where it is still to be chosen.
 
         The last attempt of a row runs alone among such attempts: a row that kills its replica every time takes
         its neighbours with it twice, but they get a turn without it.
@@ -209,7 +209,15 @@ class Journal:
             row.next_event += 1
             await self._append(record)
 
-    async def fail(self, row_id: str, attempt: int, replica: str, cause: str, lost_gpu_s: float | None = None) -> None:
+    async def fail(
+        self,
+        row_id: str,
+        attempt: int,
+        replica: str,
+        cause: str,
+        lost_gpu_s: float | None = None,
+        pool: str | None = None,
+    ) -> None:
         """Record that an attempt failed for reasons of infrastructure; its row is not finished."""
         self.progress.running -= 1
         self._release(row_id)
@@ -221,6 +229,7 @@ class Journal:
                 "replica": replica,
                 "cause": cause[:2000],
                 "lost_gpu_s": lost_gpu_s,
+                "pool": pool,
             }
         )
 
@@ -240,6 +249,8 @@ class Journal:
             "attempt": attempt,
             "replica": replica,
             "status": result["status"],
+            "pool": result["pool"],
+            "cause": (result["error"] or "")[:2000] or None,
             "row": result,
         }
         await self._append(record, row)

@@ -17,6 +17,7 @@ from actors.actions import FINISH, ToolSpec, fewshot_tools
 from actors.agent import Limits
 from actors.errors import InputError
 from actors.formats import Format, Prompt, check_format, fill, make_format
+from actors.ladder import OFFERED
 from actors.messages import Task
 from actors.tokens import codec_of
 from actors.tools import Tool, load_tools, tools_sha
@@ -149,7 +150,6 @@ def _check_built(config: RunConfig) -> None:
     for field, got, wants in (
         ("model.quantization", config.model.quantization, None),
         ("memory.kv_dtype", config.memory.kv_dtype, "auto"),
-        ("fallback", config.fallback, "same_precision"),
     ):
         if got != wants:
             raise InputError("not done yet", field=field, got=got, wants=str(wants or "null"))
@@ -157,9 +157,15 @@ def _check_built(config: RunConfig) -> None:
         raise InputError("kept in float32 only", field="numerics", got="invariant", wants="model.dtype: float32")
     if ":" in config.engine and importlib.util.find_spec(config.engine.partition(":")[0].partition(".")[0]) is None:
         raise InputError("no such module", field="engine", got=config.engine, wants="module:factory")
-    if len(config.pools) > 1:
+    if isinstance(config.fallback, list) and not OFFERED.issuperset(config.fallback):
+        raise InputError("not done yet", field="fallback", got=config.fallback, wants=", ".join(sorted(OFFERED)))
+    sizes = [pool.tensor_parallel_size for pool in config.pools.values()]
+    if len(set(sizes)) < len(sizes):
         raise InputError(
-            "all rows go to one pool yet", field="pools", got=list(config.pools), wants="one of single, sharded"
+            "rows go to the smallest pool that they fit",
+            field="pools",
+            got=dict(zip(config.pools, sizes, strict=True)),
+            wants="another tensor_parallel_size for each",
         )
     for name, pool in config.pools.items():
         if pool.tensor_parallel_size > 1 and config.engine == "reference":

@@ -1,7 +1,7 @@
-"""The run on Ray: manifest → agents → scores → results. The only file of the pipeline that knows Ray.
+"""The run on Ray: manifest → agents → scores → results. Beside pools.py the only file of the pipeline that knows Ray.
 
 Ray Data reads the manifest and writes the tables; agents are an async actor pool in between; they call Serve
-deployments that hold the model; the journal is one actor.
+deployments that hold the model (pools.py); the journal is one actor.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from ray.actor import exit_actor
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
-from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import ledger
 from actors.agent import Limits, Rollout
-from actors.engine.protocol import Capacity, EngineSpec
-from actors.errors import EngineDead, EngineError, Fenced, Incomplete, InputError, NotHome
+from actors.engine.protocol import Capacity
+from actors.errors import EngineDead, EngineError, Fenced, Incomplete, InputError, NotHome, OutOfMemory
+from actors.ladder import GiveUp, Hardware, Shortage, Standing, next_rung
 from actors.messages import Call, Forecast, Generation, Numerics, Reply, Sampling, Trajectory
 from actors.placement import own_pages
 from actors.router import session_id
 from pipeline import preflight
 from pipeline.batched import Batched
-from pipeline.config import Pool, ReplicaRange, RunConfig
+from pipeline.config import RunConfig
 from pipeline.footprint import Forecaster
 from pipeline.journal import Begin, Journal, Progress
+from pipeline.pools import Served
 from pipeline.preflight import Prepared, limits_of
 from pipeline.suite import Suite
 from pipeline.tables import RESULTS, RunFacts, result_row, rows_to_table, task_from_row
@@ -65,7 +65,6 @@ WORKER_ENV = {
 }
 KEEPER_S = 5.0
 SLOW_MODEL_S = 24 * 3600
-ROUTER = "actors.router.HomeRouter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +73,9 @@ class Job:
 
     Attributes:
         limits: bounds of a trajectory; the context is the model's.
-        capacity: sizes of one replica.
-        pool: where its rows run.
+        capacity: sizes of one replica of the smallest pool.
+        pools: ranks of a replica of each pool, small ones first.
+        rung: of the fallback that the whole run stands on, or `start`.
         concurrent: trajectories one agent actor rolls out at once.
         forecaster: what past runs have taught; each agent goes on learning with its own.
     """
@@ -86,7 +86,8 @@ class Job:
     limits: Limits
     capacity: Capacity
     app: str
-    pool: str
+    pools: Mapping[str, int]
+    rung: str
     concurrent: int
     forecaster: Forecaster
 
@@ -110,7 +111,7 @@ class Agents:
         self.threads = ToolThreads()
         self.scorers = load_scorers(job.suite.config.scorers, job.suite.folder)
         self.scoring = ThreadPoolExecutor(2, "scoring")
-        self.handle: DeploymentHandle = serve.get_app_handle(job.app)
+        self.handles = {pool: serve.get_deployment_handle(pool, job.app) for pool in job.pools}
         self.running: asyncio.Semaphore | None = None
         self._journal = Batched(self._send_journal, BATCH_S)
         self.lease = Batched(self._send_leases, BATCH_S)
@@ -126,22 +127,23 @@ class Agents:
     async def _send_leases(self, requests: Sequence[Any]) -> Sequence[Any]:
         return await self.ledger.do.remote(requests)
 
-    def end(self, row_id: str, attempt: int, replica: str) -> None:
+    def end(self, row_id: str, attempt: int, pool: str | None = None, replica: str = "") -> None:
         """Let the replica free what it keeps for a trajectory, and then the ledger its lease, soon."""
-        self._endings((row_id, attempt, replica))
+        self._endings((row_id, attempt, pool, replica))
 
     async def _send_endings(self, requests: Sequence[Any]) -> Sequence[Any]:
-        ended: dict[str, list[tuple[str, int]]] = defaultdict(list)
-        for row_id, attempt, replica in requests:
-            ended[replica].append((row_id, attempt))
-        await asyncio.gather(*(self._end_at(replica, rows) for replica, rows in ended.items()))
+        ended: dict[tuple[str | None, str], list[tuple[str, int]]] = defaultdict(list)
+        for row_id, attempt, pool, replica in requests:
+            ended[pool, replica].append((row_id, attempt))
+        await asyncio.gather(*(self._end_at(pool, replica, rows) for (pool, replica), rows in ended.items()))
         return requests
 
-    async def _end_at(self, replica: str, rows: Sequence[tuple[str, int]]) -> None:
+    async def _end_at(self, pool: str | None, replica: str, rows: Sequence[tuple[str, int]]) -> None:
         row_ids = [row_id for row_id, _ in rows]
-        if replica:
+        if pool and replica:
             with contextlib.suppress(RayError, RayServeException):  # the replica is gone, and the pages with it
-                await self.handle.options(session_id=session_id(replica, row_ids[0])).end.remote(row_ids)
+                session = self.handles[pool].options(session_id=session_id(replica, row_ids[0]))
+                await session.end.remote(row_ids)
         for row in rows:
             self.lease(("end", row))
 
@@ -187,6 +189,11 @@ class Attempts:
         self.replica = ""
         self.home: str | None = None
         self.numerics: Numerics | None = None
+        self.rung = self.job.rung
+        self.wanted: str | None = None if len(self.job.pools) > 1 else next(iter(self.job.pools))
+        self.pool = self.wanted  # that served it last
+        self.tries = 0
+        self.gpu_s = 0.0  # of this attempt
 
     async def begin(self) -> Begin:
         """Forecast the row as well as is known by now, and ask the journal for the next attempt."""
@@ -194,14 +201,15 @@ class Attempts:
         sizes = self.job.capacity
         pages = own_pages(self.forecast.p95_tokens, self.forecast.shared_tokens, sizes.page_tokens)
         self.predicted_bytes = pages * sizes.page_tokens * sizes.kv_bytes_token or None
-        begun = await self.agents.record("begin", self.task.row_id, self.job.pool, "start", self.predicted_bytes)
-        self.attempt = begun.attempt
+        begun = await self.agents.record("begin", self.task.row_id, self.wanted, self.rung, self.predicted_bytes)
+        self.attempt, self.gpu_s = begun.attempt, 0.0
+        self.tries += begun.wait_s is None
         return begun
 
     async def run(self, begun: Begin) -> dict[str, Any] | None:
         """The row that counts; None where the run is stopping."""
         if begun.row is not None or begun.exhausted:  # an agent that died may have left its lease
-            self.agents.end(self.task.row_id, begun.attempt, "")
+            self.agents.end(self.task.row_id, begun.attempt)
         if begun.row is not None or begun.stop:
             return begun.row
         try:
@@ -233,7 +241,8 @@ class Attempts:
         if self.job.config.journal == "steps":
             for event in begun.events:
                 if "numerics" in event:
-                    self.replica, self.numerics = event["replica"], Numerics(**event["numerics"])
+                    self.pool, self.replica = event["pool"], event["replica"]
+                    self.numerics = Numerics(**event["numerics"])
             replayed = Replayed(generate, toolbox, begun.events, self._event)
             generate, call_tool = replayed.generate, replayed.call
         try:
@@ -243,24 +252,26 @@ class Attempts:
             raise
         finally:
             await toolbox.close()
-            self.agents.end(self.task.row_id, self.attempt, self.replica)
+            self.agents.end(self.task.row_id, self.attempt, self.pool, self.replica)
 
     def _event(self, event: dict[str, Any]) -> asyncio.Future[None]:
         if event["kind"] == "generation" and self.numerics is not None:
-            event |= {"replica": self.replica, "numerics": asdict(self.numerics)}
+            event |= {"pool": self.pool, "replica": self.replica, "numerics": asdict(self.numerics)}
         return self.agents.record("event", self.task.row_id, self.attempt, event)
 
     async def _call(self, call: Call) -> Reply:
         """Ask for the row's home and call it, until it is there: a home that is gone computes nothing.
 
         Raises:
+            EngineError: of the engine, or because the row's pool cannot start.
             Fenced: a higher attempt has taken the row over.
         """
         wait_s = RETRY_S
         while True:
             self.home = None
-            self.home = (await self.lease.acquire(self.attempt, self.forecast, len(call.token_ids))).replica
-            session = self.agents.handle.options(session_id=session_id(self.home, call.row_id))
+            lease = await self.lease.acquire(self.attempt, self.forecast, len(call.token_ids), self.wanted)
+            self.home, self.pool = lease.replica, lease.pool
+            session = self.agents.handles[lease.pool].options(session_id=session_id(self.home, call.row_id))
             try:
                 self.agents.forecaster.begin(self.task.row_id)
                 reply = await session.generate.remote(replace(call, home=self.home))
@@ -273,10 +284,12 @@ class Attempts:
             return reply
 
     async def _generate(self, token_ids: Any, turn: Any) -> Generation:
-        """Call the replica; where it dies, record the attempt as failed and begin the next.
+        """Call the replica. Where it dies, or memory does not suffice, record the attempt as failed and begin the next,
+        the latter on the fallback's next rung.
 
         Raises:
-            EngineError: what the engine said of this call, or EngineDead after the last attempt.
+            EngineError: what the engine said of this call, EngineDead after the last attempt, or OutOfMemory where
+                there is no further rung.
             Fenced: a higher attempt has taken the row over.
         """
         sampling = self.job.config.sampling
@@ -286,17 +299,22 @@ class Attempts:
             try:
                 reply = await self._call(call)
             except EngineDead as e:
-                cause = e
-            except (EngineError, Fenced):
-                raise
+                cause = _plain(e)
+            except OutOfMemory as e:
+                cause, self.replica = _plain(e), self.home or self.replica
+                self._climb(cause)
+            except EngineError as e:
+                raise _plain(e) from None
             except (RayError, RayServeException) as e:
                 cause = e
             else:
                 self.replica, self.numerics = reply.replica, reply.numerics
+                self.gpu_s += reply.generation.usage.gpu_s
                 return reply.generation
             said = f"{type(cause).__name__}: {cause}".splitlines()[0]
             self.lease.failed(self.home)
-            await self.agents.record("fail", self.task.row_id, self.attempt, self.replica, said)
+            failed = (self.task.row_id, self.attempt, self.home or self.replica, said, self.gpu_s, self.pool)
+            await self.agents.record("fail", *failed)
             await asyncio.sleep(RETRY_S)
             while (begun := await self.begin()).wait_s is not None:
                 await asyncio.sleep(begun.wait_s)
@@ -304,6 +322,26 @@ class Attempts:
                 raise _Stopped
             if begun.exhausted:
                 raise EngineDead(f"{begun.attempt} attempts ended without an answer; the last: {said}") from cause
+
+    def _climb(self, error: OutOfMemory) -> None:
+        """Where the next attempt runs.
+
+        Raises:
+            OutOfMemory: nowhere; with the numbers and with why each rung is closed.
+        """
+        sizes = self.job.pools
+        pool = self.pool or next(iter(sizes))
+        found = next_rung(
+            error.stage,
+            Standing(pool, sizes[pool], attempts=self.tries),
+            Hardware(gangs=tuple((size, name) for name, size in sizes.items())),
+            self.job.config.fallback,
+            max_attempts=self.job.config.limits.max_attempts,
+            shortage=Shortage(error.needed_bytes, error.free_bytes),
+        )
+        if isinstance(found, GiveUp):
+            raise OutOfMemory(f"{error}; {found.reason}", error.stage) from error
+        self.rung, self.wanted = found.name, found.standing.pool
 
     def _scored(self, trajectory: Trajectory) -> dict[str, Any]:
         from pipeline.scoring import score
@@ -313,10 +351,16 @@ class Attempts:
             trajectory,
             scored=scored,
             run=self.job.facts,
-            pool=self.job.pool,
-            rung="start",
+            pool=self.pool,
+            rung=self.rung,
             predicted_peak_bytes=self.predicted_bytes,
         )
+
+
+def _plain(error: EngineError) -> Any:
+    """The engine's own error, without what Ray adds on the way."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, EngineError) else error
 
 
 def _lost(task: Any, attempts: int) -> Trajectory:
@@ -374,33 +418,6 @@ def _silent_stderr() -> Generator[None]:
         os.close(kept)
 
 
-def engine_spec(config: RunConfig) -> EngineSpec:
-    """What the config says of the engine."""
-    model, memory = config.model, config.memory
-
-    def number(value: int | str) -> int | None:
-        return None if isinstance(value, str) else value
-
-    return EngineSpec(
-        model=model.id,
-        engine=config.engine,
-        revision=model.revision,
-        adapter=model.adapter,
-        dtype=model.dtype,
-        quantization=model.quantization,
-        trust_remote_code=model.trust_remote_code,
-        max_model_len=model.max_model_len,
-        max_batch=number(memory.max_batch),
-        max_prefill_tokens=number(memory.max_prefill_tokens),
-        numerics=config.numerics,
-        speculation=config.speculation,
-        budget_fraction=memory.budget_fraction,
-        gpu_memory_fraction=memory.gpu_memory_fraction,
-        kv_dtype=memory.kv_dtype,
-        step_limit_s=config.limits.max_step_s,
-    )
-
-
 def app_name(out: str) -> str:
     """A name for the Serve application of this session of the run."""
     return f"berth-{hashlib.sha256(out.encode()).hexdigest()[:10]}-{uuid.uuid4().hex[:6]}"
@@ -438,99 +455,9 @@ def ledger_name(app: str) -> str:
     return f"{app}-ledger"
 
 
-def start_ledger(config: RunConfig, app: str) -> Any:
+def start_ledger(app: str, served: Served) -> Any:
     """The ledger's actor, which lives as long as this process holds what is returned."""
-    return ledger.start(ledger_name(app), {serving_pool(config)[0]: None})
-
-
-def serving_pool(config: RunConfig) -> tuple[str, Pool]:
-    """The pool that serves every row: a run has one, until rows are told apart by the memory they need."""
-    return next(iter(config.pools.items()))
-
-
-def deploy(config: RunConfig, app: str) -> tuple[Numerics, Capacity, int]:
-    """Start the replicas as the application `app` and wait for the first; (numerics, sizes of one, replicas)."""
-    from actors.replica import Replica
-
-    pool_name, pool = serving_pool(config)
-    tp = pool.tensor_parallel_size
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    replicas = pool.replicas
-    scale: dict[str, Any]
-    if isinstance(replicas, ReplicaRange):
-        scale = {"autoscaling_config": {"min_replicas": replicas.min, "max_replicas": replicas.max}}
-        count = replicas.max
-    else:
-        count = max(1, gpus // tp) if replicas == "auto" else replicas
-        scale = {"num_replicas": count}
-    wanted = pool.num_gpus if isinstance(pool.num_gpus, int) else min(1, gpus)
-    on_gpu = wanted > 0
-    if config.ray.address is None and wanted * count * tp > gpus:
-        raise InputError(
-            f"{count} replicas want {wanted * count * tp} GPUs",
-            field=f"pools.{pool_name}.replicas",
-            got=count,
-            wants=f"{gpus} GPUs",
-        )
-    threads = 0 if on_gpu else max(1, (os.cpu_count() or 1) // (count * tp))
-    deployment: Any = serve.deployment(Replica)
-    deployment = deployment.options(
-        name=pool_name,
-        max_ongoing_requests=100_000,
-        health_check_period_s=2,
-        graceful_shutdown_timeout_s=5,
-        ray_actor_options={
-            "num_cpus": 1 if on_gpu else 0,
-            "num_gpus": wanted,
-            "label_selector": (pool.labels or None) if tp == 1 else None,
-            "runtime_env": _replica_env(config.ray.runtime_env, threads),
-        },
-        request_router_config=RequestRouterConfig(
-            request_router_class=ROUTER,  # pyright: ignore[reportArgumentType]
-            request_router_kwargs={"num_fallback_replicas": 0},
-        ),
-        **scale,
-        **_gang(tp, wanted, pool.labels),
-    )
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
-    try:
-        bound = deployment.bind(replace(engine_spec(config), tp=tp), threads, ledger_name(app), pool_name)
-        handle = serve.run(bound, name=app, route_prefix=None)
-    except RuntimeError as e:
-        raise _start_error(app) from e
-    numerics, capacity = handle.describe.remote().result()
-    return numerics, capacity, count
-
-
-def _replica_env(runtime_env: dict[str, Any], threads: int) -> dict[str, Any]:
-    """The runtime environment of a replica, which Serve does not take over from the job.
-
-    Ray starts a process that reserves no CPU with OMP_NUM_THREADS=1, which the engine's thread would keep.
-    """
-    variables = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    return runtime_env | {"env_vars": variables | runtime_env.get("env_vars", {})}
-
-
-def _gang(tp: int, gpus: int, labels: dict[str, str]) -> dict[str, Any]:
-    """Deployment options by which a replica gets a bundle for each of its ranks, all on one node."""
-    if tp == 1:
-        return {}
-    bundle = {"CPU": 1.0, "GPU": float(gpus)} if gpus else {"CPU": 0.01}  # Ray refuses empty bundles
-    options: dict[str, Any] = {"placement_group_bundles": [bundle] * tp, "placement_group_strategy": "STRICT_PACK"}
-    return options | ({"placement_group_bundle_label_selector": [labels] * tp} if labels else {})
-
-
-def _start_error(app: str) -> Exception:
-    """Why no replica started, in the words of the replica."""
-    status = serve.status().applications.get(app)
-    messages = [d.message for d in status.deployments.values()] if status else []
-    text = "\n".join(messages) or "no replica started"
-    last = [line for line in text.splitlines() if line.strip()]
-    for line in reversed(last):
-        head, _, rest = line.strip().partition(": ")
-        if head.rpartition(".")[2] in {"UnsupportedModel", "ModelUnavailable", "InputError"}:
-            return InputError(rest)
-    return Incomplete("no replica started:\n" + "\n".join(last[-15:]))
+    return ledger.start(ledger_name(app), {pool.name: None for pool in served.pools})
 
 
 def start_journal(config: RunConfig, attempts: Mapping[str, int]) -> Any:
@@ -546,9 +473,7 @@ def start_journal(config: RunConfig, attempts: Mapping[str, int]) -> Any:
     ).remote(config.out + "/journal", config.limits.max_attempts, attempts)
 
 
-def plan_agents(
-    prepared: Prepared, forecaster: Forecaster, app: str, capacity: Capacity, replicas: int
-) -> tuple[Job, int]:
+def plan_agents(prepared: Prepared, forecaster: Forecaster, app: str, served: Served) -> tuple[Job, int]:
     """The job and the number of agent actors: as many trajectories at once as the ledger has homes for at most."""
     config = prepared.config
     agents = max(1, min(8, int(ray.cluster_resources().get("CPU", 1)) // 8))
@@ -556,11 +481,12 @@ def plan_agents(
         config=config,
         suite=prepared.suite,
         facts=prepared.facts,
-        limits=limits_of(config, prepared.suite, capacity.max_model_len),
-        capacity=capacity,
+        limits=limits_of(config, prepared.suite, served.capacity.max_model_len),
+        capacity=served.capacity,
         app=app,
-        pool=serving_pool(config)[0],
-        concurrent=-(-replicas * ledger.slots(capacity) // agents),
+        pools={pool.name: pool.tp for pool in served.pools},
+        rung=served.rung,
+        concurrent=-(-sum(pool.most for pool in served.pools) * ledger.slots(served.capacity) // agents),
         forecaster=forecaster,
     )
     return job, agents
@@ -608,15 +534,23 @@ def cluster_gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
-def watch(journal: Any, report: Callable[[Progress], None], done: Callable[[], bool], over: Callable[[], bool]):
-    """Report the journal's counts once a second until `done`; stop the run in good order when it is `over`."""
+def watch(
+    journal: Any,
+    report: Callable[[Progress], None],
+    share: Callable[[], None],
+    done: Callable[[], bool],
+    over: Callable[[], bool],
+) -> None:
+    """Report the journal's counts and share the GPUs once a second until `done`; stop the run in good order when it is
+    `over`."""
     while not done():
         time.sleep(1)
         try:
             counts: Any = ray.get(journal.counts.remote(), timeout=10)
             report(counts)
+            share()
         except RayError:
-            continue  # the journal is being restarted
+            continue  # the journal, the ledger or Serve is being restarted
         if over():
             with contextlib.suppress(RayError):
                 ray.get(journal.stop.remote(), timeout=10)

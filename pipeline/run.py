@@ -200,7 +200,7 @@ def roll_out(prepared: Prepared, learned: Forecaster, info: dict[str, Any], scre
     import ray
     from ray import serve
 
-    from pipeline import rollout
+    from pipeline import pools, rollout
 
     config = prepared.config
     app = rollout.app_name(config.out)
@@ -215,21 +215,23 @@ def roll_out(prepared: Prepared, learned: Forecaster, info: dict[str, Any], scre
             done = reconcile(config.out, lambda said: screen.line("damaged", said))
             write_checkpoint(config.out, done)
             journal = rollout.start_journal(config, attempts_so_far(config.out, done))
-            leases = rollout.start_ledger(config, app)
             if config.ray.address is not None:
                 keeper = rollout.keep(app, journal)
             screen.line("model", f"loading {config.model.id} into the {config.engine} engine")
-            numerics, capacity, replicas = rollout.deploy(config, app)
+            served = pools.deploy(config, app, rollout.ledger_name(app), lambda said: screen.line("memory", said))
+            leases = rollout.start_ledger(app, served)
+            numerics, capacity = served.numerics, served.capacity
             screen.line(
                 "replicas",
-                f"{replicas} ready after {duration(time.monotonic() - started)}: {numerics.dtype}, attention "
+                f"{served.replicas} ready after {duration(time.monotonic() - started)}: {numerics.dtype}, attention "
                 f"{numerics.kernel}, context {capacity.max_model_len:,} tokens, batch {capacity.max_batch}",
             )
             info["numerics"] = {name: getattr(numerics, name) for name in numerics.__slots__}
             info["gpus"] = rollout.cluster_gpus()
             write_json(info, f"{config.out}/run.json")
-            job, agents = rollout.plan_agents(prepared, learned, app, capacity, replicas)
-            _roll(lambda: rollout.rollouts(job, journal, leases, agents), journal, len(done), prepared, screen)
+            job, agents = rollout.plan_agents(prepared, learned, app, served)
+            share = pools.sharing(app, served.pools, leases, lambda said: screen.line("pools", said))
+            _roll(lambda: rollout.rollouts(job, journal, leases, agents), journal, share, len(done), prepared, screen)
             write_attempts(
                 config.out, ray.get(journal.records.remote()), capacity.kv_bytes_token * capacity.page_tokens
             )
@@ -240,8 +242,8 @@ def roll_out(prepared: Prepared, learned: Forecaster, info: dict[str, Any], scre
             ray.shutdown()
 
 
-def _roll(work: Any, journal: Any, before: int, prepared: Prepared, screen: Screen) -> None:
-    """Do the work in a thread and show progress beside it; `before` rows are in results/ already."""
+def _roll(work: Any, journal: Any, share: Callable[[], None], before: int, prepared: Prepared, screen: Screen) -> None:
+    """Do the work in a thread, show progress and share the GPUs beside it; `before` rows are in results/ already."""
     import ray
 
     from pipeline import rollout
@@ -271,7 +273,7 @@ def _roll(work: Any, journal: Any, before: int, prepared: Prepared, screen: Scre
             left = eta(elsewhere + done, elsewhere + counts.resumed, total, elapsed)
             show(elsewhere + done, f"{counts.running} running  {mean}{failed}{left}")
 
-        rollout.watch(journal, report, lambda: not thread.is_alive(), budget(config, rollout.cluster_gpus))
+        rollout.watch(journal, report, share, lambda: not thread.is_alive(), budget(config, rollout.cluster_gpus))
     if failure:
         raise rollout.explained(failure[0]) from failure[0]
 
@@ -326,6 +328,7 @@ def _attempt_row(records: list[dict[str, Any]], page_bytes: int) -> dict[str, An
     return row | {
         "ended_at": datetime.fromtimestamp(end["at"], UTC),
         "replica": end["replica"],
+        "pool": end["pool"] or start["pool"],
         "outcome": end["status"] or "failed",
         "cause": end["cause"],
         "kv_pages": -(-end["kv_bytes"] // page_bytes) if page_bytes and end["kv_bytes"] else None,

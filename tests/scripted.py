@@ -2,9 +2,10 @@
 
 Each trajectory searches twice and finishes at its third step. `BERTH_SCRIPT` (JSON) adds delays and faults: `delay_s`
 before each answer, `max_batch`, `count` (a file that gets a line for each call), `killer` (a row id that ends the
-process), `hangs` (a file: the engine that takes it away answers no more), `budgets`: pages of PAGE tokens that each
-replica has, in the order of their starts. What a trajectory holds it holds until `end`; a call that needs more than is
-left fails, and each stands in the file `log`.
+process), `hangs` (a file: the engine that takes it away answers no more), `oom` (row id → from which step on it needs
+more than how many ranks), `load` (ranks that the weights need at least and at most), `budgets`: pages of PAGE tokens that
+each replica has, in the order of their starts. What a trajectory holds it holds until `end`; a call that needs more than
+is left fails, and each stands in the file `log`. A gang's other ranks do nothing.
 """
 
 import asyncio
@@ -34,8 +35,14 @@ class ScriptedEngine:
 
     def __init__(self, spec: EngineSpec):
         self.tokenizer = load_tokenizer(resolve(spec.model, spec.revision).folder)
-        self.numerics = Numerics("scripted", "none", "float32", "float32", "float32", 1, spec.revision or "", True)
+        self.tp = spec.tp
+        self.numerics = Numerics(
+            "scripted", "none", "float32", "float32", "float32", self.tp, spec.revision or "", True
+        )
         self.script = json.loads(os.environ.get("BERTH_SCRIPT", "{}"))
+        least, most = self.script.get("load", (1, 8))
+        if not least <= spec.tp <= most:
+            raise OutOfMemory(f"the weights do not fit {spec.tp} GPUs", "load", 3 << 30, spec.tp << 30)
         self.answers: dict[int, tuple[int, ...]] = {}
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
@@ -83,6 +90,11 @@ class ScriptedEngine:
                 self.hung_since = time.monotonic()
         if self.hung_since is not None:
             return future
+        oom_step, ranks = self.script.get("oom", {}).get(request.sequence_id, (STEPS + 1, 0))
+        if step >= oom_step and self.tp <= ranks:
+            text = f"failed alone at the smallest bound: step {step} on {self.tp} GPUs"
+            future.set_exception(OutOfMemory(text, "prefill", 9 << 30, self.tp << 30))
+            return future
         ids = self.answers[step]
         if self.budget and not self._hold(request.sequence_id, len(request.token_ids) + len(ids)):
             future.set_exception(OutOfMemory("over the budget"))
@@ -121,6 +133,8 @@ class ScriptedEngine:
 
 
 def build(spec: EngineSpec) -> ScriptedEngine:
+    if spec.tp > 1 and os.environ["RANK"] != "0":
+        threading.Event().wait()
     started = time.monotonic()
     engine = ScriptedEngine(spec)
     assert time.monotonic() - started < 60

@@ -19,7 +19,7 @@ from actors.engine.attention import kernel_for
 from actors.engine.gang import START_S, Gang
 from actors.engine.kv import KVCache, kv_shapes
 from actors.engine.leader import lead
-from actors.engine.memory import PAGE_TOKENS, THREADS, device_used_bytes, most_pages, predict
+from actors.engine.memory import PAGE_TOKENS, THREADS, device_used_bytes, most_pages, predict, weights_bytes
 from actors.engine.paged import PagedEngine
 from actors.engine.protocol import EngineSpec, Memory, MemoryReport
 from actors.engine.runner import Runner
@@ -49,7 +49,7 @@ def build(spec: EngineSpec) -> PagedEngine:
     Raises:
         ModelUnavailable, UnsupportedModel: see `loader` and `support`.
         InputError: no kernel for this device and dtype, or numerics that it cannot keep.
-        OutOfMemory: the model leaves no room for a KV page.
+        OutOfMemory: the weights do not fit, which is refused before they are read, or leave no room for a KV page.
     """
     if spec.kv_dtype != "auto":
         raise InputError("KV is kept in the model's dtype", field="memory.kv_dtype", got=spec.kv_dtype, wants="auto")
@@ -60,6 +60,11 @@ def build(spec: EngineSpec) -> PagedEngine:
     config = loader.load_config(found.folder, trust_remote_code=spec.trust_remote_code)
     check_supported(config)
     check_tensor_parallel(config, spec.tp)
+    if device.type == "cuda":
+        budget = spec.budget_fraction * (spec.gpu_memory_fraction or 1.0)
+        room = int(budget * torch.cuda.get_device_properties(device).total_memory)
+        dtype = loader.resolve_dtype(spec.dtype, device)
+        check_weights(weights_bytes(config, dtype, spec.quantization, spec.tp), room, spec)
     gang = Gang.join(spec.tp, device, spec.rank_deadline_s) if spec.tp > 1 else None
     try:
         with nullcontext() if gang is None else gang.agreed(START_S):
@@ -74,7 +79,7 @@ def build(spec: EngineSpec) -> PagedEngine:
             if gang is not None:
                 split(model, gang.rank, gang.size, device)
     except torch.OutOfMemoryError as e:
-        raise OutOfMemory(f"the weights of {spec.model} do not fit this GPU: {e}") from e
+        raise OutOfMemory(f"the weights of {spec.model} do not fit this GPU: {e}", "load") from e
     return over_model(
         model,
         revision=found.revision + (f"+{loader.resolve_adapter(spec.adapter).revision}" if spec.adapter else ""),
@@ -87,6 +92,22 @@ def build(spec: EngineSpec) -> PagedEngine:
         budget_fraction=spec.budget_fraction * (spec.gpu_memory_fraction or 1.0),
         gang=gang,
     )
+
+
+def check_weights(needed_bytes: int, room_bytes: int, spec: EngineSpec) -> None:
+    """Refuse weights that one of `spec.tp` GPUs has no room for, before a byte of them is read.
+
+    Raises:
+        OutOfMemory: with the numbers.
+    """
+    if needed_bytes > room_bytes:
+        raise OutOfMemory(
+            f"the weights of {spec.model} take {needed_bytes / 2**30:.2f} GiB on each of {spec.tp} GPUs, the budget is "
+            f"{room_bytes / 2**30:.2f} GiB",
+            "load",
+            needed_bytes * spec.tp,
+            room_bytes * spec.tp,
+        )
 
 
 def over_model(
@@ -231,6 +252,9 @@ def _pages(
     pages = min(most, room // kv.bytes_page)
     if pages < 2:
         raise OutOfMemory(
-            f"no room for KV: a page takes {kv.bytes_page / 2**20:.0f} MiB, {max(0, room) / 2**20:.0f} MiB are left"
+            f"no room for KV: a page takes {kv.bytes_page / 2**20:.0f} MiB, {max(0, room) / 2**20:.0f} MiB are left",
+            "load",
+            2 * kv.bytes_page * tp,
+            max(0, room) * tp,
         )
     return pages

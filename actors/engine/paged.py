@@ -130,9 +130,10 @@ class PagedEngine:
     def submit(self, request: Request) -> Future[Generation]:
         """Queue a request.
 
-        The future fails with ContextOverflow (prompt and `max_tokens` exceed the whole pool, or the prompt leaves no
-        room under `max_model_len`), OutOfMemory, Cancelled, EngineDead, or EngineError (a malformed request, a matcher
-        that raises, a step that fails with this row alone). A second request of a sequence waits for the first.
+        The future fails with ContextOverflow (the prompt leaves no room under `max_model_len`), OutOfMemory (prompt and
+        `max_tokens` exceed the whole pool, or a step fails with this row alone), Cancelled, EngineDead, or EngineError
+        (a malformed request, a matcher that raises, a step that fails otherwise with this row alone). A second request
+        of a sequence waits for the first.
         """
         row = Row(request, Future(), self._clock(), list(request.token_ids))
         error = self._refusal(request)
@@ -194,16 +195,16 @@ class PagedEngine:
             return EngineError(f"wants a token and max_tokens ≥ 1, got {length} and {request.max_tokens}")
         if length >= limit:
             return ContextOverflow(f"{length} tokens leave no room for an answer: the model's limit is {limit}")
-        needed, pool = self.scheduler.tokens_needed(request), (self._first_pages - 1) * self._page_tokens
-        if needed > pool:
-            return ContextOverflow(f"may need KV of {needed} tokens, the whole pool holds {pool}")
         return self._outgrown(request)
 
     def _outgrown(self, request: Request) -> OutOfMemory | None:
         needed, pool = self.scheduler.tokens_needed(request), self.scheduler.pages.capacity_tokens
         if needed <= pool:
             return None
-        return OutOfMemory(f"may need KV of {needed} tokens, the pool was cut to {pool}")
+        whole = pool == (self._first_pages - 1) * self._page_tokens
+        text = f"may need KV of {needed:,} tokens, the {'whole pool holds' if whole else 'pool was cut to'} {pool:,}"
+        kv_bytes = self._kv_bytes_token
+        return OutOfMemory(text, "never_fits", needed * kv_bytes or None, pool * kv_bytes if kv_bytes else None)
 
     def _run(self) -> None:
         error: BaseException = EngineDead("the engine was closed")
@@ -417,7 +418,8 @@ class PagedEngine:
         self.scheduler.max_prefill_tokens, self.scheduler.max_batch, self.scheduler.max_decode_tokens = self._limits
         self.scheduler.remove(row)
         text = f"failed alone at the smallest bound: {type(error).__name__}: {error}"
-        row.fail(OutOfMemory(text) if oom else EngineError(text), error)
+        stage = "prefill" if row.left > 1 else "decode"
+        row.fail(OutOfMemory(text, stage) if oom else EngineError(text), error)
 
     def _cut_pool(self, runner: Runner, row: Row) -> bool:
         """Reallocate the pool smaller, once for `row`; False where that was done or some row would not fit any more."""

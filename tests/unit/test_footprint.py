@@ -12,11 +12,12 @@ from actors.agent import Limits
 from actors.engine.protocol import Capacity
 from actors.messages import FORECAST_LEVELS, Forecast, Numerics, Task, Trajectory
 from pipeline import run as run_module
-from pipeline.config import load_run
+from pipeline.config import Pool, load_run
 from pipeline.footprint import MAX_ROWS, Forecaster, order
 from pipeline.preflight import count_prompts, prepare, transcript
 from pipeline.run import forecaster, write_manifest
 from pipeline.scoring import Scored
+from pipeline.sharing import sized
 from pipeline.suite import PriorConfig
 from pipeline.tables import (
     RESULTS,
@@ -210,6 +211,7 @@ def test_prompts_are_counted_without_being_rendered(prepared, name):
 def test_a_wrong_forecast_changes_the_order_and_nothing_else(prepared, monkeypatch):
     """Same rows, same seeds, same prompts, same limits, whatever the forecaster says."""
     from pipeline import rollout
+    from pipeline.pools import Served
 
     class Wrong(Forecaster):
         def forecast(self, task: Task, prompt_tokens: int) -> Forecast:
@@ -217,9 +219,10 @@ def test_a_wrong_forecast_changes_the_order_and_nothing_else(prepared, monkeypat
             return Forecast(1, 1, peak, peak, (peak,) * len(FORECAST_LEVELS), 10**6)
 
     def manifest(out: str, learned: Forecaster) -> tuple[list[dict], Limits]:
+        served = Served(sized({"single": Pool()}, 0), NUMERICS, Capacity(4096, 8))
         made = replace(prepared, config=prepared.config.model_copy(update={"out": out}))
         write_manifest(made, learned)
-        job, _ = rollout.plan_agents(made, learned, "app", Capacity(4096, 8), 1)
+        job, _ = rollout.plan_agents(made, learned, "app", served)
         return read_table(f"{out}/tasks", TASKS).to_pylist(), job.limits
 
     monkeypatch.setattr(rollout, "ray", SimpleNamespace(cluster_resources=lambda: {"CPU": 2}))

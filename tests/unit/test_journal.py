@@ -7,7 +7,15 @@ import pytest
 from pipeline import journal as module
 from pipeline.journal import Journal
 
-ROW = {"status": "ok", "score": 1.0, "generated_tokens": 5, "prefilled_tokens": 7, "reused_tokens": 2}
+ROW = {
+    "status": "ok",
+    "score": 1.0,
+    "generated_tokens": 5,
+    "prefilled_tokens": 7,
+    "reused_tokens": 2,
+    "pool": "p",
+    "error": None,
+}
 
 
 @pytest.fixture(autouse=True)

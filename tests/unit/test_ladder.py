@@ -44,7 +44,7 @@ def test_same_precision_halves_the_batch_and_then_shards():
     found, reason = names("decode", START, EIGHT_GPUS, "same_precision")
     assert found == ["smaller_batch"] * 3 + ["shard 2", "shard 4", "shard 8"]
     assert "smaller_batch: already batch 1 and 64 prefill tokens" in reason
-    assert "shard: already over 8 GPUs" in reason
+    assert "shard: no pool is sharded over more than 8" in reason
     rung = next_rung("prefill", START, EIGHT_GPUS)
     assert rung == Rung("smaller_batch", replace(START, max_batch=4, max_prefill_tokens=128))
 
@@ -94,6 +94,15 @@ def test_only_legal_gangs_are_formed(hardware, tp, expected, why):
         assert why in rung.reason
     else:
         assert (rung.name, rung.standing.tp, rung.standing.pool, rung.lossy) == ("shard", expected, "sharded", False)
+
+
+def test_only_the_pools_of_the_run_are_gone_to():
+    of_the_run = Hardware(gangs=((2, "pair"), (8, "node")))
+    assert names("never_fits", SMALLEST, of_the_run, "same_precision")[0] == ["shard 2", "shard 8"]
+    assert next_rung("never_fits", SMALLEST, of_the_run).standing.pool == "pair"
+    assert next_rung("never_fits", replace(SMALLEST, tp=2), of_the_run).standing.pool == "node"
+    given_up = next_rung("never_fits", SMALLEST, Hardware(gangs=()))
+    assert "shard: no pool is sharded over more than 1" in given_up.reason
 
 
 def test_giving_up_says_what_was_needed_and_why_each_rung_is_closed():

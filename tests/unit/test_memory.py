@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
 from actors.engine import assemble, memory
 from actors.engine.kv import KVCache, kv_shapes
-from actors.engine.protocol import Memory, MemoryReport, RowStep
+from actors.engine.protocol import EngineSpec, Memory, MemoryReport, RowStep
 from actors.engine.runner import Runner
 from actors.messages import Sampling
 from bench import engine_gpu
@@ -277,6 +277,15 @@ def test_the_pool_is_sized_by_the_measurement(monkeypatch):
     assert assemble._pages(kv, predicted, measured, 0.9, 7, 1) == 7
     with pytest.raises(assemble.OutOfMemory, match="no room for KV"):
         assemble._pages(kv, predicted, measured, 0.2, 7, 1)
+
+
+def test_weights_that_no_gpu_has_room_for_are_refused_unread():
+    spec = EngineSpec("a-70b", tp=2)
+    assemble.check_weights(10 << 30, 10 << 30, spec)
+    with pytest.raises(assemble.OutOfMemory, match="on each of 2 GPUs") as caught:
+        assemble.check_weights(65 << 30, 22 << 30, spec)
+    assert str(caught.value).endswith("take 65.00 GiB on each of 2 GPUs, the budget is 22.00 GiB")
+    assert (caught.value.stage, caught.value.needed_bytes, caught.value.free_bytes) == ("load", 130 << 30, 44 << 30)
 
 
 class FakeRunner:

@@ -2,6 +2,7 @@
 written by two, or a lost token gives other tokens than `expected`, which knows of no pages."""
 
 import asyncio
+import pickle
 import random
 import threading
 import time
@@ -274,7 +275,7 @@ def test_limits():
             ([], 1, EngineError),
             ([1], 0, EngineError),
             ([1] * 60, 1, ContextOverflow),
-            ([1] * 30, 12, ContextOverflow),  # 41 tokens of KV, 40 in the pool
+            ([1] * 30, 12, OutOfMemory),  # 41 tokens of KV, 40 in the pool
         ):
             with pytest.raises(kind):
                 answer(paged, "a", token_ids, max_tokens)
@@ -405,6 +406,7 @@ def test_only_the_culprit_leaves(phase):
         with pytest.raises(OutOfMemory, match="alone at the smallest bound") as caught:
             bad.result(TIMEOUT_S)
         assert isinstance(caught.value.__cause__, FakeOOM)
+        assert caught.value.stage == phase
         assert paged.events["culprits"] == 1
         assert not runner.graphs
         assert runner.resizes == [150]
@@ -422,6 +424,14 @@ def test_a_smaller_pool_helps_and_everything_is_computed_again():
         assert paged.capacity().pages_total == 74
         with pytest.raises(OutOfMemory, match="pool was cut"):
             answer(paged, "big", [1] * 300, 50)
+
+
+def test_what_the_whole_pool_cannot_hold_is_refused_with_its_bytes_and_crosses_processes():
+    with engine(num_pages=11) as (paged, _), pytest.raises(OutOfMemory) as caught:
+        answer(paged, "a", [1] * 30, 12)
+    sent = pickle.loads(pickle.dumps(caught.value))
+    assert str(sent) == "may need KV of 41 tokens, the whole pool holds 40"
+    assert (sent.stage, sent.needed_bytes, sent.free_bytes) == ("never_fits", 410, 400)
 
 
 def test_a_pool_that_cannot_come_back_is_the_end():

@@ -252,16 +252,22 @@ def test_what_nobody_renews_expires():
 
 
 def test_the_pool_is_chosen_by_capacity_and_started_from_zero():
-    made = Placement({"single": 100, "sharded": 1_000})
-    made.replica_up("single", "r0", 100, PAGE, 50)
+    made = Placement({"single": None, "sharded": None})
     huge = forecast(growth=np.interp(LEVELS, (0, 1), (50_000, 60_000)))
-    early = [made.ask(ask(f"h{i}", forecast=huge), 0.0) for i in range(10)]
-    assert [lease and (lease.pool, lease.replica, lease.fits) for lease in early] == 8 * [("sharded", None, True)] + [
+    early = [made.ask(ask(f"e{i}", forecast=huge), 0.0) for i in range(10)]
+    assert [lease and (lease.pool, lease.replica, lease.fits) for lease in early] == 8 * [("single", None, True)] + [
         None
-    ] * 2
+    ] * 2, "what a pool holds shows when it has started, and calls start the first"
+    made.replica_up("single", "r0", 100, PAGE, 50)
+    assert [made.ask(ask(f"h{i}", forecast=huge), 0.0) for i in range(10)] == [None] * 10
+    assert {made.where[f"h{i}"][0].name for i in range(10)} == {"sharded"}
     made.replica_up("sharded", "g0", 1_000, PAGE, 50)
     made.place(1.0)
     assert made.lease("h0").replica == "g0"
+    made.pools["sharded"].replica_down("g0")
+    made.ask(ask("again", forecast=huge), 1.0)
+    assert made.where["again"][0].name == "sharded", "what a pool held is remembered"
+    made.replica_up("sharded", "g0", 1_000, PAGE, 50)
     monster = forecast(growth=np.interp(LEVELS, (0, 1), (400_000, 500_000)))
     made.ask(ask("m", forecast=monster), 2.0)
     for i in range(10):

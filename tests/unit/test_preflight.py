@@ -20,7 +20,8 @@ SHARDED = "pools={sharded: {tensor_parallel_size: %d}}"
             r"pools\.single\.tensor_parallel_size: .* \(got 4\); wants 1 or 3",
         ),
         ([SHARDED % 3, "engine=reference"], r"pools\.sharded\.tensor_parallel_size: .* \(got 3\); wants 1, or engine"),
-        (["pools={single: {}, sharded: {}}"], r"pools: .*\['single', 'sharded'\]"),
+        (["pools={one: {}, two: {}}"], r"pools: .*'one': 1, 'two': 1.*wants another tensor_parallel_size for each"),
+        (["fallback=[smaller_batch, kv_int8]"], "fallback: not done yet .* wants half_precision, shard, smaller_batch"),
     ],
 )
 def test_a_pool_that_cannot_run_is_refused(smollm2, sets, words):
@@ -31,3 +32,9 @@ def test_a_pool_that_cannot_run_is_refused(smollm2, sets, words):
 def test_a_size_that_divides_the_kv_heads_is_let_in(smollm2):
     prepared = prepare(load_run(ROOT / "configs" / "quickstart.yaml", [SHARDED % 3]))
     assert prepared.config.pools["sharded"].tensor_parallel_size == 3
+
+
+def test_two_pools_of_different_size_are_let_in(smollm2):
+    pools = "pools={triple: {tensor_parallel_size: 3}, single: {}}"
+    prepared = prepare(load_run(ROOT / "configs" / "quickstart.yaml", [pools, "fallback=memory_first"]))
+    assert set(prepared.config.pools) == {"single", "triple"}

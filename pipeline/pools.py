@@ -1,0 +1,301 @@
+"""The pools of a run as Serve deployments, and how many replicas each has while it runs.
+
+Where the smallest pool has a fixed number of replicas, this process tells Serve how many each pool has (`sharing`
+decides); where it has a range, Serve scales it by its load, and larger pools ask the cluster for the nodes they need.
+Knows nothing of agents and of what a replica computes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve._private.common import DeploymentID
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+from ray.util import placement_group_table
+
+from actors.engine.protocol import Capacity, EngineSpec
+from actors.errors import EngineDead, EngineError, Incomplete, InputError, OutOfMemory
+from actors.ladder import OFFERED, GiveUp, Hardware, Standing, next_rung
+from actors.messages import Numerics
+from pipeline.config import RunConfig
+from pipeline.sharing import Need, Sized, Turns, sized
+
+ROUTER = "actors.router.HomeRouter"
+DRAIN_S = 15
+"""How long a replica that is to go may take for the calls it has: a turn of 256 tokens."""
+FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
+UNBOUNDED = 1 << 20
+"""GPUs of a cluster that brings those that are missing, or of one that needs none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What was started.
+
+    Attributes:
+        pools: that have replicas or may get them, small ones first.
+        numerics, capacity: of a replica of the smallest.
+        rung: `start`, or what of the fallback it took for the model to fit.
+    """
+
+    pools: tuple[Sized, ...]
+    numerics: Numerics
+    capacity: Capacity
+    rung: str = "start"
+
+    @property
+    def replicas(self) -> int:
+        """Of the smallest pool, at most."""
+        return self.pools[0].most
+
+
+# --- the start
+
+
+def engine_spec(config: RunConfig) -> EngineSpec:
+    """What the config says of the engine."""
+    model, memory = config.model, config.memory
+
+    def number(value: int | str) -> int | None:
+        return None if isinstance(value, str) else value
+
+    return EngineSpec(
+        model=model.id,
+        engine=config.engine,
+        revision=model.revision,
+        adapter=model.adapter,
+        dtype=model.dtype,
+        quantization=model.quantization,
+        trust_remote_code=model.trust_remote_code,
+        max_model_len=model.max_model_len,
+        max_batch=number(memory.max_batch),
+        max_prefill_tokens=number(memory.max_prefill_tokens),
+        numerics=config.numerics,
+        speculation=config.speculation,
+        budget_fraction=memory.budget_fraction,
+        gpu_memory_fraction=memory.gpu_memory_fraction,
+        kv_dtype=memory.kv_dtype,
+        step_limit_s=config.limits.max_step_s,
+    )
+
+
+def deploy(config: RunConfig, app: str, ledger: str, say: Callable[[str], None]) -> Served:
+    """Start the replicas as the application `app` and wait for the first. Where the model fits no replica of the
+    smallest pool, the fallback says how to go on.
+
+    Args:
+        ledger: name of the actor that replicas report to.
+        say: is told why the fallback was needed.
+
+    Raises:
+        InputError: there are not enough GPUs, or the engine refuses the model.
+        Incomplete: no replica started, or the model fits no pool.
+    """
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    chosen, spec, rung = config.pools, engine_spec(config), "start"
+    offered = OFFERED - ({"half_precision"} if config.numerics == "invariant" else set())
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
+    while True:
+        pools = sized(chosen, gpus)
+        if config.ray.address is None:
+            _check_gpus(pools, gpus)
+        try:
+            first = _start(config, pools, spec, app, ledger)
+            break
+        except OutOfMemory as e:
+            dtype = "bfloat16" if spec.dtype == "auto" else spec.dtype
+            standing = Standing(pools[0].name, pools[0].tp, dtype=dtype)
+            hardware = Hardware(gangs=tuple((pool.tp, pool.name) for pool in pools))
+            found = next_rung("load", standing, hardware, config.fallback, offered=offered)
+            if isinstance(found, GiveUp):
+                raise Incomplete(f"the model fits no pool: {e}; {found.reason}") from e
+            rung = found.name
+            if rung == "half_precision":
+                spec = replace(spec, dtype=found.standing.dtype)
+            chosen = {name: pool for name, pool in chosen.items() if pool.tensor_parallel_size >= found.standing.tp}
+            say(f"{e}; next: {rung}, {found.standing.dtype} in pool {found.standing.pool}")
+    numerics, capacity = first.describe.remote().result()
+    return Served(pools, numerics, capacity, rung)
+
+
+def _check_gpus(pools: Sequence[Sized], gpus: int) -> None:
+    for pool in pools:
+        count = max(1, pool.first)
+        if count * pool.tp * pool.gpus > gpus:
+            raise InputError(
+                f"{count} replicas want {count * pool.tp * pool.gpus} GPUs",
+                field=f"pools.{pool.name}.replicas",
+                got=count,
+                wants=f"{gpus} GPUs",
+            )
+
+
+def _start(config: RunConfig, pools: Sequence[Sized], spec: EngineSpec, app: str, ledger: str) -> DeploymentHandle:
+    """Deploy the pools as one application, whose ingress is the smallest."""
+    others: list[Any] = []
+    for pool in reversed(pools):
+        threads = 0 if pool.gpus else max(1, (os.cpu_count() or 1) // (max(1, pool.first) * pool.tp))
+        deployment = _deployment(config, pool, threads, several=len(pools) > 1)
+        mine = others if pool is pools[0] else []
+        others.append(deployment.bind(replace(spec, tp=pool.tp), threads, ledger, pool.name, *mine))
+    try:
+        return serve.run(others[-1], name=app, route_prefix=None, external_scaler_enabled=len(pools) > 1)
+    except RuntimeError as e:
+        status = serve.status().applications.get(app)
+        messages = [each.message for each in status.deployments.values()] if status else []
+        raise failure("\n".join(messages) or "no replica started") from e
+
+
+def _deployment(config: RunConfig, pool: Sized, threads: int, several: bool) -> Any:
+    from actors.replica import Replica
+
+    if pool.by_load:
+        scale: dict[str, Any] = {"autoscaling_config": {"min_replicas": pool.least, "max_replicas": pool.most}}
+    elif several and not pool.first:
+        # Serve takes no fixed number of 0, and starts a replica for calls that it remembers from before the last went.
+        bounds = {"min_replicas": 0, "initial_replicas": 0, "max_replicas": pool.most}
+        memory = {"look_back_period_s": 2.0, "metrics_interval_s": 1.0}
+        scale = {"autoscaling_config": bounds | memory | {"policy": {"policy_function": as_it_is}}}
+    else:
+        scale = {"num_replicas": pool.first}
+    deployment: Any = serve.deployment(Replica)
+    return deployment.options(
+        name=pool.name,
+        max_ongoing_requests=100_000,
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=DRAIN_S if several else 5,
+        ray_actor_options={
+            "num_cpus": 1 if pool.gpus else 0,
+            "num_gpus": pool.gpus,
+            "label_selector": (dict(pool.labels) or None) if pool.tp == 1 else None,
+            "runtime_env": _replica_env(config.ray.runtime_env, threads),
+        },
+        request_router_config=RequestRouterConfig(
+            request_router_class=ROUTER,  # pyright: ignore[reportArgumentType]
+            request_router_kwargs={"num_fallback_replicas": 0},
+        ),
+        **scale,
+        **_gang(pool),
+    )
+
+
+def as_it_is(context: Any) -> tuple[int, dict[str, Any]]:
+    """A policy of Serve's autoscaler: somebody else says how many replicas there are."""
+    return context.target_num_replicas, {}
+
+
+def _replica_env(runtime_env: dict[str, Any], threads: int) -> dict[str, Any]:
+    """The runtime environment of a replica, which Serve does not take over from the job.
+
+    Ray starts a process that reserves no CPU with OMP_NUM_THREADS=1, which the engine's thread would keep.
+    """
+    variables = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    return runtime_env | {"env_vars": variables | runtime_env.get("env_vars", {})}
+
+
+def _gang(pool: Sized) -> dict[str, Any]:
+    """Deployment options by which a replica gets a bundle for each of its ranks, all on one node."""
+    if pool.tp == 1:
+        return {}
+    bundle = {"CPU": 1.0, "GPU": float(pool.gpus)} if pool.gpus else {"CPU": 0.01}  # Ray refuses empty bundles
+    options: dict[str, Any] = {"placement_group_bundles": [bundle] * pool.tp, "placement_group_strategy": "STRICT_PACK"}
+    labels = [dict(pool.labels)] * pool.tp
+    return options | ({"placement_group_bundle_label_selector": labels} if pool.labels else {})
+
+
+def failure(said: str) -> Exception:
+    """Why no replica started, in the words of the replica, of which Serve keeps the text."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    for line in reversed(lines):
+        head, _, rest = line.strip().partition(": ")
+        kind = head.rpartition(".")[2]
+        if kind in {"UnsupportedModel", "ModelUnavailable", "InputError"}:
+            return InputError(rest)
+        if kind == "OutOfMemory":
+            return OutOfMemory(rest, "load")
+    return Incomplete("no replica started:\n" + "\n".join(lines[-15:]))
+
+
+# --- while it runs
+
+
+def sharing(app: str, pools: Sequence[Sized], ledger: Any, say: Callable[[str], None]) -> Callable[[], None]:
+    """What is to be called about once a second; `say` is told of changes."""
+    if len(pools) == 1:
+        return lambda: None
+    sharing = Sharing(app, pools, ledger)
+
+    def share() -> None:
+        if sharing.step():
+            say(", ".join(f"{name} {count}" for name, count in sharing.now.items()))
+
+    return share
+
+
+class Sharing:
+    """Tells Serve how many replicas each pool has.
+
+    Args:
+        ledger: the actor that knows which pool has how many rows.
+    """
+
+    def __init__(self, app: str, pools: Sequence[Sized], ledger: Any):
+        self.app, self.pools, self.ledger = app, pools, ledger
+        self.now = {pool.name: pool.first for pool in pools}
+        self.turns = Turns()
+        self.controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        self.closed: set[str] = set()
+
+    def step(self) -> dict[str, int]:
+        """Look, and act where it is needed; about once a second. Replicas by pool, where they change.
+
+        Raises:
+            RayError: the ledger or Serve's controller is being restarted: try again.
+        """
+        found: Any = ray.get(self.ledger.pools.remote(), timeout=10)
+        smallest = self.pools[0]
+        bounded = smallest.gpus and not smallest.by_load
+        gpus = int(ray.cluster_resources().get("GPU", 0)) if bounded else UNBOUNDED
+        needs: list[Need] = []
+        for pool in self.pools:
+            rows, slots, up = found[pool.name]
+            short = pool is not smallest and up < self.now[pool.name]
+            if short and pool.name not in self.closed:
+                self._check(pool)
+            rows = 0 if pool.name in self.closed else rows
+            unplaced = self._unplaced(pool) if short else 0
+            each = pool.tp * max(1, pool.gpus)
+            needs.append(Need(pool.name, each, pool.least, pool.most, rows, slots, unplaced))
+        wanted = self.turns.share(gpus, needs, time.monotonic())
+        changes = {
+            pool.name: wanted[pool.name]
+            for pool in self.pools
+            if not pool.by_load and wanted[pool.name] != self.now[pool.name]
+        }
+        for name, count in changes.items():
+            ray.get(self.controller.update_deployment_replicas.remote(DeploymentID(name, self.app), count), timeout=10)
+            self.now[name] = count
+        return changes
+
+    def _check(self, pool: Sized) -> None:
+        """Close a pool that cannot start to the rows that wait for it."""
+        status = serve.status().applications[self.app].deployments[pool.name]
+        if status.status in FAILED:
+            error = failure(status.message)
+            if not isinstance(error, EngineError):
+                error = EngineDead(f"pool {pool.name} cannot start: {error}")
+            ray.get(self.ledger.close.remote(pool.name, error), timeout=10)
+            self.closed.add(pool.name)
+
+    def _unplaced(self, pool: Sized) -> int:
+        prefix = f"SERVE_REPLICA::{self.app}#{pool.name}#"
+        groups: Any = placement_group_table().values()
+        return sum(group["name"].startswith(prefix) and group["state"] == "PENDING" for group in groups)
