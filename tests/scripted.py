@@ -3,9 +3,9 @@
 Each trajectory searches twice and finishes at its third step. `BERTH_SCRIPT` (JSON) adds delays and faults: `delay_s`
 before each answer, `max_batch`, `count` (a file that gets a line for each call), `killer` (a row id that ends the
 process), `hangs` (a file: the engine that takes it away answers no more), `oom` (row id → from which step on it needs
-more than how many ranks), `load` (ranks that the weights need at least and at most), `budgets`: pages of PAGE tokens that
-each replica has, in the order of their starts. What a trajectory holds it holds until `end`; a call that needs more than
-is left fails, and each stands in the file `log`. A gang's other ranks do nothing.
+more than how many ranks), `load` (ranks that the weights need at least and at most), `budgets`: pages of PAGE tokens
+that each replica has, in the order of their starts. What a trajectory holds it holds until `end`; a call that needs
+more than is left fails, and each stands in the file `log`. A gang's other ranks do nothing.
 """
 
 import asyncio

@@ -18,17 +18,19 @@ from actors.stopping import TurnMatcher
 from actors.tools import ToolThreads
 from bench.pipeline import write_run
 from pipeline.batched import Batched
-from pipeline.config import load_run
+from pipeline.config import Pool, load_run
 from pipeline.footprint import Forecaster, order
 from pipeline.journal import Journal
 from pipeline.preflight import prepare
 from pipeline.run import untaught
+from pipeline.sharing import sized
 from pipeline.tables import TASKS, rows_to_table, task_row
 from tests.scripted import ScriptedEngine
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own
     from pipeline import rollout
+    from pipeline.pools import Served
 
 MAY_DIFFER = {"queue_s", "prefill_s", "decode_s", "tool_s", "gpu_s", "trajectory", "predicted_peak_bytes"}
 ROOM = Report("single", "r0", 400, 16, 64)
@@ -63,7 +65,7 @@ class Local(rollout.Agents):
     def __init__(self, prepared, job, folder, engine):
         self.job, self.tokenizer, self.tools, self.scorers = job, prepared.tokenizer, prepared.tools, prepared.scorers
         self.threads, self.scoring, self.running = ToolThreads(), ThreadPoolExecutor(1), None
-        self.forecaster, self.handle = job.forecaster, Handle(engine)
+        self.forecaster, self.handles = job.forecaster, {"single": Handle(engine)}
         self.books = Ledger({"single": None})
         self.ledger = SimpleNamespace(
             **{name: SimpleNamespace(remote=getattr(self.books, name)) for name in ("do", "acquire")}
@@ -96,7 +98,8 @@ def agents(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rollout, "ray", SimpleNamespace(cluster_resources=lambda: {"CPU": 2}))
             sizes = Capacity(8192, 8, kv_bytes_token=100, page_tokens=16)
-            job, _ = rollout.plan_agents(prepared, forecaster or untaught(prepared), "app", sizes, 1)
+            served = Served(sized({"single": Pool()}, 0), engine.numerics, sizes)
+            job, _ = rollout.plan_agents(prepared, forecaster or untaught(prepared), "app", served)
         return Local(prepared, job, tmp_path_factory.mktemp("journal"), engine)
 
     return make
@@ -131,7 +134,7 @@ async def test_a_forecast_changes_no_limit_no_output_and_no_seed(agents, tokens)
     assert rows == others
 
     def asked(made: Local) -> list:
-        return sorted(made.handle.calls, key=lambda call: (call.row_id, len(call.token_ids)))
+        return sorted(made.handles["single"].calls, key=lambda call: (call.row_id, len(call.token_ids)))
 
     assert asked(wrong) == asked(right)  # token ids, stages, sampling and seed of every call
 
@@ -160,13 +163,13 @@ async def test_every_lease_and_every_page_is_given_back(agents):
     made = agents()
     await made.run()
     assert (await made.books.state())["leases"] == 0
-    assert sorted(made.handle.ended) == sorted(task.row_id for task in PREPARED["tasks"])
+    assert sorted(made.handles["single"].ended) == sorted(task.row_id for task in PREPARED["tasks"])
 
 
 async def test_a_call_that_did_not_reach_its_home_is_made_again_and_counts_as_no_attempt(agents, monkeypatch):
     monkeypatch.setattr(rollout, "RETRY_S", 0.01)
     made = agents()
-    made.handle.refuse["r0"] = 3
+    made.handles["single"].refuse["r0"] = 3
     table = await made.run(ROOM, Report("single", "r1", 400, 16, 64))
     assert set(table["attempts"].to_pylist()) == {1}
     assert set(table["status"].to_pylist()) == {"ok"}
@@ -184,6 +187,6 @@ async def test_a_fenced_row_is_left_to_its_successor(agents, monkeypatch):
     monkeypatch.setattr(made.books.core, "ask", overtaken)
     table = await made.run()
     assert len(table) == 5
-    assert row_id not in table["row_id"].to_pylist() + made.handle.ended
+    assert row_id not in table["row_id"].to_pylist() + made.handles["single"].ended
     assert (await made.books.state())["leases"] == 1
     assert not made.forecaster._running
