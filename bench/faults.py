@@ -673,8 +673,9 @@ def main() -> None:
             bench.add_node(name)
         try:
             bench.name = "baseline"
-            if code := bench.start().end():
-                sys.exit(f"the run without faults ended with {code}")
+            job = bench.start()
+            if code := job.end():
+                sys.exit(f"the run without faults ended with {code}:\n{job.output()}")
             baseline = bench.rows_of()
             for name in names:
                 bench.name = name
