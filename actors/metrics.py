@@ -34,7 +34,7 @@ class ReplicaMetrics:
         self.tags = {"pool": pool, "replica": replica}
         self.pages = Gauge("berth_kv_pages", "KV pages, by state: total, free, cached", ("pool", "replica", "state"))
         self.events = Counter(
-            "berth_engine_events", "Out of memory, preemptions, evictions, …", ("pool", "replica", "event")
+            "berth_engine_events", "Out of memory, preemptions, evictions and so on", ("pool", "replica", "event")
         )
         self.before: Mapping[str, int] = {}
 

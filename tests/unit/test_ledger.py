@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from actors.engine.protocol import Capacity
 from actors.errors import Fenced
-from actors.ledger import Leased, Ledger, Report
+from actors.ledger import Leased, Ledger, Report, Reporter
+from actors.messages import Call, Sampling, Turn, Usage
 from pipeline.batched import Batched
 from tests.unit.test_placement import PAGE, ask, forecast
 
@@ -65,3 +67,24 @@ async def test_homes_are_told_to_free_what_has_ended_or_moved():
     assert lease.replica == "r1"
     await made.do([("end", ("a", 1))])
     assert [(await made.report(Report("single", name, 90, PAGE, 9))).end for name in ("r0", "r1")] == [("a",), ("a",)]
+
+
+async def test_a_replica_says_what_it_holds_and_frees_what_it_is_told_to(monkeypatch):
+    made, ended = await ledger(), []
+    sizes = Capacity(8192, 8, pages_total=50, page_tokens=PAGE)
+    engine = SimpleNamespace(capacity=lambda: sizes, events={"preemptions": 1}, end=ended.append)
+    monkeypatch.setattr("actors.ledger.find", lambda _: SimpleNamespace(report=SimpleNamespace(remote=made.report)))
+    monkeypatch.setattr("actors.ledger.REPORT_S", 0.01)
+    reporter = Reporter("name", "single", "r0", engine)
+    for row in "ab":
+        call = Call(row, (0,) * 1_800, Turn(()), Sampling(), "s", "r0")
+        with reporter.call(call):
+            pass
+        reporter.answered(call, Usage(prompt_tokens=1_800, generated=100))
+    reporter.start()
+    await asyncio.sleep(0.1)
+    assert (await made.state())["homes"] == {"a": "r0", "b": "r0"}
+    await made.do([("end", ("a", 1))])
+    await asyncio.sleep(0.1)
+    assert ended == ["a"]
+    assert list(reporter.residents) == ["b"]
