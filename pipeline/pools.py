@@ -31,6 +31,7 @@ from pipeline.sharing import Need, Sized, Turns, sized
 ROUTER = "actors.router.HomeRouter"
 DRAIN_S = 15
 """How long a replica that is to go may take for the calls it has: a turn of 256 tokens."""
+GAVE_UP_S = 30.0
 FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 UNBOUNDED = 1 << 20
 """GPUs of a cluster that brings those that are missing, or of one that needs none."""
@@ -253,6 +254,7 @@ class Sharing:
         self.turns = Turns()
         self.controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
         self.closed: set[str] = set()
+        self.empty_s: dict[str, float] = {}  # since when a pool that should have replicas has none, not even starting
 
     def step(self) -> dict[str, int]:
         """Look, and act where it is needed; about once a second. Replicas by pool, where they change.
@@ -268,6 +270,8 @@ class Sharing:
         for pool in self.pools:
             rows, slots, up = found[pool.name]
             short = pool is not smallest and up < self.now[pool.name]
+            if not short:
+                self.empty_s.pop(pool.name, None)
             if short and pool.name not in self.closed:
                 self._check(pool)
             rows = 0 if pool.name in self.closed else rows
@@ -288,10 +292,15 @@ class Sharing:
     def _check(self, pool: Sized) -> None:
         """Close a pool that cannot start to the rows that wait for it."""
         status = serve.status().applications[self.app].deployments[pool.name]
-        if status.status in FAILED:
+        now_s = time.monotonic()
+        if any(status.replica_states.values()):
+            self.empty_s[pool.name] = now_s
+        # Serve gives up after some tries, and says so only of a deployment that it scales itself.
+        gave_up = now_s - self.empty_s.setdefault(pool.name, now_s) > GAVE_UP_S
+        if status.status in FAILED or gave_up:
             error = failure(status.message)
             if not isinstance(error, EngineError):
-                error = EngineDead(f"pool {pool.name} cannot start: {error}")
+                error = EngineDead(f"pool {pool.name} cannot start; the log of Serve's controller says why")
             ray.get(self.ledger.close.remote(pool.name, error), timeout=10)
             self.closed.add(pool.name)
 

@@ -86,28 +86,36 @@ def test_a_model_that_fits_no_single_gpu_starts_sharded(tmp_path):
 def test_a_larger_pool_that_cannot_start_fails_the_rows_that_need_it_alone(tmp_path):
     said, frame, _ = scripted(tmp_path, "out", 60, oom={"q3/0": [2, 1]}, load=[1, 1])
     assert (frame["status"] == "failed").sum() == 1
-    assert "the weights do not fit 2 GPUs" in frame.loc["q3/0", "error"]
-    assert "no pool is sharded over more than 2" in frame.loc["q3/0", "error"]
-    assert frame.loc["q3/0", "attempts"] == 2
+    assert "pool pair cannot start" in frame.loc["q3/0", "error"]
+    assert frame.loc["q3/0", "attempts"] <= 3
     assert "pools      single 2, pair 0" in said
 
 
-def test_a_row_that_outgrows_the_pool_of_one_rank_goes_on_over_two(tmp_path, model):  # noqa: F811
-    """The real engine on CPUs: the transcript so far is computed again over two ranks, and the tokens are those of a
-    run whose pool is large enough."""
+@pytest.mark.parametrize(
+    ("squeeze", "moved", "rung"),
+    [
+        # Steps of one rank run out of memory in the middle of four of six trajectories, whose peaks are 1,319 to 1,328.
+        ({"tokens": {"1": 1321}}, 4, "shard"),
+        # Its pool holds 1,792 tokens, less than the forecast: rows begin over two ranks.
+        ({"pages": {"1": 8, "2": 64}}, 6, "start"),
+    ],
+)
+def test_the_real_engine_over_two_ranks_goes_on_where_one_had_not_the_memory(tmp_path, model, squeeze, moved, rung):  # noqa: F811
+    """On CPUs: the transcript so far is computed again, and the tokens are those of a run with memory enough."""
     settings = (f"model.id={model}", "engine=tests.squeezed:build", "limit=6", "memory.max_batch=4")
     frames = []
-    for name, pages in (("small", {"1": 8, "2": 64}), ("large", {"1": 64, "2": 64})):
-        done = recovered(tmp_path / name, 0, *settings, env={"BERTH_PAGES": json.dumps(pages)})
+    for name, env in (("small", squeeze), ("large", {})):
+        done = recovered(tmp_path / name, 0, *settings, env={"BERTH_SQUEEZE": json.dumps(env)})
         assert done.returncode == 0, done.stdout + done.stderr
         frame = rows_of(tmp_path / name).set_index("row_id").sort_index()
         assert (frame["status"] == "ok").all(), frame["error"].tolist()
         frames.append(frame)
     small, large = frames
+    print(small[["pool", "rung", "attempts", "tp", "peak_tokens"]])
+    print(pd.read_parquet(tmp_path / "small" / "attempts")[["row_id", "attempt", "pool", "cause", "lost_gpu_s"]])
     assert set(large["pool"]) == {"single"}
-    moved = small[small["pool"] == "pair"]
-    print(small[["pool", "rung", "attempts", "peak_tokens"]])
-    assert len(moved)
-    assert set(moved["tp"]) == {2}
+    there = small[small["pool"] == "pair"]
+    assert len(there) == moved
+    assert (set(there["tp"]), set(there["rung"])) == ({2}, {rung})
     steps = [[[(step["thought"], step["action"]) for step in row] for row in frame["trajectory"]] for frame in frames]
     assert steps[0] == steps[1]
