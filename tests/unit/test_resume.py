@@ -9,7 +9,15 @@ from pipeline.journal import RECORDS, Journal
 from pipeline.resume import attempts_so_far, failed_rows, reconcile, reopen, write_checkpoint
 from pipeline.run import write_attempts
 
-ROW = {"pool": "p", "status": "failed", "score": 0.0, "generated_tokens": 5, "prefilled_tokens": 7, "reused_tokens": 2}
+ROW = {
+    "pool": "p",
+    "error": None,
+    "status": "failed",
+    "score": 0.0,
+    "generated_tokens": 5,
+    "prefilled_tokens": 7,
+    "reused_tokens": 2,
+}
 
 
 def part(out: Path, name: str, *rows: tuple[str, str, str | None]) -> Path:
