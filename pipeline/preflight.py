@@ -82,7 +82,7 @@ def prepare(config: RunConfig) -> Prepared:
     _check_gold(suite, scorers, rows)
 
     # Weights of a repository are the replicas' business: the machine that submits may have no room for them.
-    model = resolve(config.model.id, config.model.revision, weights=Path(config.model.id).expanduser().exists())
+    model = resolve(config.model.id, config.model.revision, weights=Path(config.model.id).is_absolute())
     pinned, model_revision = {"revision": model.revision}, model.revision
     if config.model.adapter is not None:
         pinned["adapter"], revision = pinned_adapter(config.model.adapter)

@@ -73,7 +73,8 @@ def resolve(
     node that ask at the same time wait for the first, and a process that dies half-way leaves nothing in sight.
 
     Args:
-        id: repository, folder, path of a `.gguf`, or `smollm2-135m`.
+        id: repository, folder, path of a `.gguf`, or `smollm2-135m`. `name` and `org/name` are repositories, whatever
+            the current folder holds; a folder there is `./name`.
         revision: commit, branch or tag of a repository; for files the recorded hash, which must still hold.
             A GGUF's hash is its sha256; a folder's covers names and sizes, all of its small files, and the
             first and last MiB of each weights file.
@@ -88,11 +89,12 @@ def resolve(
     path = Path(id).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return _resolve_gguf(path, revision, cache)
-    if path.is_file():
+    repository = not id.startswith(("/", ".", "~")) and id.count("/") <= 1
+    if path.is_file() and not repository:
         raise ModelUnavailable("a file that is no .gguf", field="model.id", got=id, wants="a folder or a .gguf file")
-    if path.is_dir():
+    if path.is_dir() and not repository:
         return _resolve_folder(path, revision, "config.json", weights)
-    if id.endswith(".gguf") or id.startswith(("/", ".", "~")) or id.count("/") > 1:
+    if id.endswith(".gguf") or not repository:
         raise ModelUnavailable("no such file or folder", field="model.id", got=id)
     return _resolve_hub(id, revision, cache, "config.json", weights)
 
@@ -327,7 +329,7 @@ def _download(id: str, revision: str | None, cache: str | Path | None, patterns:
             "no such folder, and not the name of a repository",
             field="model.id",
             got=id,
-            wants="org/name, a folder, a .gguf file, or " + SMOLLM2,
+            wants="org/name, ./folder, a .gguf file, or " + SMOLLM2,
         ) from e
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, hub.RevisionResolutionError) as e:
         why = "HF_HUB_OFFLINE is set" if _offline(e) else "the hub cannot be reached"
