@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.actions import FINISH, ToolSpec, fewshot_tools
+from actors.actions import FINISH, ToolSpec, fewshot_tools, fold
 from actors.agent import Limits
 from actors.errors import InputError
 from actors.formats import Format, Prompt, check_format, fill, make_format
@@ -178,9 +178,9 @@ def _check_built(config: RunConfig) -> None:
 
 
 def _check_fewshot(suite: Suite, tools: Sequence[Tool]) -> None:
-    known = {tool.name.casefold(): tool.name for tool in tools} | {"finish": "Finish"}
+    known = {fold(tool.name): tool.name for tool in tools} | {"finish": "Finish"}
     for name in fewshot_tools(suite.fewshot):
-        if name.casefold() not in known:
+        if fold(name) not in known:
             raise InputError(
                 f"the few-shot examples call {name}, which is not a declared tool" + nearest(name, known.values()),
                 file=str(suite.folder / "suite.yaml"),
