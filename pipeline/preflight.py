@@ -79,7 +79,7 @@ def prepare(config: RunConfig) -> Prepared:
         raise InputError(describe_rejects(rows.rejects))
     if not rows.tasks:
         raise InputError("every row was rejected:\n" + describe_rejects(rows.rejects))
-    _check_gold(suite, scorers, rows)
+    check_gold(suite, scorers, rows)
 
     # Weights of a repository are the replicas' business: the machine that submits may have no room for them.
     model = resolve(config.model.id, config.model.revision, weights=Path(config.model.id).is_absolute())
@@ -189,7 +189,8 @@ def _check_fewshot(suite: Suite, tools: Sequence[Tool]) -> None:
             )
 
 
-def _check_gold(suite: Suite, scorers: Sequence[Scorer], rows: Rows) -> None:
+def check_gold(suite: Suite, scorers: Sequence[Scorer], rows: Rows) -> None:
+    """InputError where a gold answer does not score 1.0 in the primary metric."""
     failures = gold_check((task for task in rows.tasks if task.sample == 0), scorers, suite.primary)
     if failures:
         first = failures[0]
