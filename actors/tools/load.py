@@ -201,8 +201,7 @@ def _sources(source: Path, base: Path, found: set[Path]) -> set[Path]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             start = source.parents[node.level - 1] if node.level else base
-            module = [node.module] if node.module else []
-            names = module + [".".join([*module, alias.name]) for alias in node.names]
+            names = [".".join(filter(None, (node.module, alias.name))) for alias in node.names]
         for name in names:
             parts = name.split(".")
             for path in [start.joinpath(*parts[:n]) for n in range(1, len(parts) + 1)]:
