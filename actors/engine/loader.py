@@ -89,7 +89,7 @@ def resolve(
     path = Path(id).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return _resolve_gguf(path, revision, cache)
-    repository = not id.startswith(("/", ".", "~")) and id.count("/") <= 1
+    repository = _is_repository(id)
     if path.is_file() and not repository:
         raise ModelUnavailable("a file that is no .gguf", field="model.id", got=id, wants="a folder or a .gguf file")
     if path.is_dir() and not repository:
@@ -105,12 +105,17 @@ def resolve_adapter(id: str, cache: str | Path | None = None) -> ResolvedModel:
     Raises as `resolve` does.
     """
     id, revision = _adapter(id)
+    if _is_repository(id):
+        return _resolve_hub(id, revision, cache, "adapter_config.json", True)
     path = Path(id).expanduser()
-    if path.is_dir():
-        return _resolve_folder(path, revision, "adapter_config.json", True)
-    if id.startswith(("/", ".", "~")) or id.count("/") > 1:
+    if not path.is_dir():
         raise ModelUnavailable("no such folder", field="model.adapter", got=id)
-    return _resolve_hub(id, revision, cache, "adapter_config.json", True)
+    return _resolve_folder(path, revision, "adapter_config.json", True)
+
+
+def _is_repository(id: str) -> bool:
+    """A name rather than a path, whatever the current folder holds."""
+    return not id.startswith(("/", ".", "~")) and id.count("/") <= 1
 
 
 def pinned_adapter(id: str) -> tuple[str, str]:

@@ -338,6 +338,8 @@ def test_a_name_is_no_folder_of_the_current_one(snapshot, saved, tmp_path, monke
     snapshot(http(hub.RepositoryNotFoundError, 404))
     with pytest.raises(ModelUnavailable, match="no repository org/name"):
         loader.resolve("org/name")
+    with pytest.raises(ModelUnavailable, match="no repository org/name"):
+        loader.resolve_adapter("org/name")
     with pytest.raises(ModelUnavailable, match=r"no config\.json"):
         loader.resolve("./org/name")
 
