@@ -116,11 +116,11 @@ class Actions:
     """The actions that a task's tools allow, Finish among them."""
 
     def __init__(self, tools: Sequence[ToolSpec]):
-        specs = {_fold(tool.name): tool for tool in tools}
+        specs = {fold(tool.name): tool for tool in tools}
         specs.setdefault("finish", FINISH)
         self._specs = specs
         names = sorted((spec.name for spec in specs.values()), key=len, reverse=True)
-        either = "|".join("[ _-]?".join(map(re.escape, _fold(name))) for name in names)
+        either = "|".join("[ _-]?".join(map(re.escape, fold(name))) for name in names)
         self._first = re.compile(rf"(?:{either})(?!\w)", re.IGNORECASE)
         self._called = re.compile(rf"(?<!\w)(?:{either}) ?[\[(]", re.IGNORECASE)
 
@@ -136,7 +136,7 @@ class Actions:
 
     def spec(self, name: str) -> ToolSpec | None:
         """The tool of this name, whatever its case and separators."""
-        return self._specs.get(_fold(name))
+        return self._specs.get(fold(name))
 
     def problem(self, thought: str, text: str, what: str, slips: int = 0) -> Action:
         """An action that cannot be done, with what to tell the model."""
@@ -148,7 +148,7 @@ class Actions:
 
     def call(self, thought: str, text: str, spec: ToolSpec, arguments: dict[str, Any], slips: int) -> Action:
         """A call with its arguments by name; a final answer if the tool is Finish."""
-        if _fold(spec.name) != "finish":
+        if fold(spec.name) != "finish":
             return Action(thought, text, spec.name, arguments, None, slips, False)
         answer = arguments.get("answer", next(iter(arguments.values()), None) if len(arguments) == 1 else None)
         if answer is None:
@@ -184,7 +184,7 @@ class Actions:
                 return self.invalid(thought, text, f"there is no {unknown[0]}" if unknown else "", slips)
             found, slips = self._first.match(body, called.start()), slips + 1
             assert found is not None
-        spec = self._specs[_fold(found[0])]
+        spec = self._specs[fold(found[0])]
         slips += found[0] not in (spec.name, shown(spec))
         rest = body[found.end() :]
         argument, more = _argument(rest) if rest.strip(_HARMLESS) else ("", 0)
@@ -239,7 +239,8 @@ def fewshot_tools(fewshot: str) -> list[str]:
     return list(dict.fromkeys(calls))
 
 
-def _fold(name: str) -> str:
+def fold(name: str) -> str:
+    """What of a tool's name counts: neither case nor separators."""
     return re.sub(r"[ _-]", "", name).casefold()
 
 
@@ -288,7 +289,7 @@ def _bind(spec: ToolSpec, argument: str) -> tuple[dict[str, Any] | None, int]:
             named = None
         if isinstance(named, dict) and named and set(named) <= set(names):
             return named, 1
-    if not argument and required and _fold(spec.name) != "finish":
+    if not argument and required and fold(spec.name) != "finish":
         return None, 0
     keys = (required if len(required) > 1 else required[:1]) or names[:1]
     if len(keys) > 1:

@@ -41,6 +41,7 @@ __all__ = ["Action", "Format", "Prompt", "ToolSpec", "check_format", "fewshot_to
 
 FORMATS = ("react_text", "react_chat", "tool_calling")
 REASONING_HISTORY = ("template", "keep")
+_FIELD = re.compile(r"\{([^\W\d]\w*)\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,12 @@ def fill(template: str, task: Task) -> str:
         got = values[name]
         return got if isinstance(got, str) else json.dumps(got, ensure_ascii=False, default=str)
 
-    return re.sub(r"\{([^\W\d]\w*)\}", value, template)
+    return _FIELD.sub(value, template)
+
+
+def named_fields(template: str) -> list[str]:
+    """The fields that `fill` wants for this template."""
+    return _FIELD.findall(template)
 
 
 class ReactText:

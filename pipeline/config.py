@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,10 +16,13 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from actors.engine.loader import SMOLLM2
 from actors.errors import InputError
 from actors.ladder import RUNGS
 
 Auto = Literal["auto"]
+UNRECORDED = "(not recorded)"
+_SECRET = re.compile(r"(?i)(key|token|secret|passw(or)?d|credential)s?$")
 
 
 class Part(BaseModel):
@@ -205,9 +209,11 @@ def load_run(path: str | Path, sets: Iterable[str] = (), **overrides: Any) -> Ru
         if isinstance(data.get(name), str):
             data[name] = absolute(data[name], base)
     _resolve_model(data, base)
+    model = data.get("model")
+    before = dict(model) if isinstance(model, dict) else {}
     for assignment in sets:
         _assign(data, assignment)
-    _resolve_model(data, Path.cwd())
+    _resolve_model(data, Path.cwd(), before)
     data.update({name: value for name, value in overrides.items() if value is not None})
     for name in ("suite", "data", "out"):
         if isinstance(data.get(name), str):
@@ -217,12 +223,14 @@ def load_run(path: str | Path, sets: Iterable[str] = (), **overrides: Any) -> Ru
     return config
 
 
-def _resolve_model(data: dict[str, Any], base: Path) -> None:
+def _resolve_model(data: dict[str, Any], base: Path, before: Mapping[str, Any] | None = None) -> None:
+    """Make local model paths absolute, those aside that stand in `before` already."""
     model = data.get("model")
     if isinstance(model, dict):
         for name in ("id", "adapter"):
-            if isinstance(model.get(name), str) and _looks_local(model[name], base):
-                model[name] = absolute(model[name], base)
+            value = model.get(name)
+            if isinstance(value, str) and value != (before or {}).get(name) and _looks_local(value, base):
+                model[name] = absolute(value, base)
 
 
 def _check(config: RunConfig, file: str) -> None:
@@ -247,12 +255,29 @@ def _check(config: RunConfig, file: str) -> None:
 
 
 def dump(config: BaseModel) -> dict[str, Any]:
-    """The resolved config as plain data for run.json; of `runtime_env`'s variables, which may be secrets, the names."""
-    data = config.model_dump(mode="json")
+    """The resolved config as plain data for run.json, without what may be a secret.
+
+    Left out are the values of `runtime_env`'s variables and of a tool's `args` whose names tell of a secret, and what
+    stands before an `@` in a URI.
+    """
+    data = _public(config.model_dump(mode="json"))
     variables = data.get("ray", {}).get("runtime_env", {}).get("env_vars")
     if isinstance(variables, dict):
-        variables.update(dict.fromkeys(variables, "(not recorded)"))
+        variables.update(dict.fromkeys(variables, UNRECORDED))
     return data
+
+
+def _public(data: Any, in_args: bool = False) -> Any:
+    if isinstance(data, dict):
+        return {
+            name: UNRECORDED
+            if in_args and isinstance(value, str) and _SECRET.search(str(name))
+            else _public(value, in_args or name == "args")
+            for name, value in data.items()
+        }
+    if isinstance(data, list):
+        return [_public(value, in_args) for value in data]
+    return re.sub(r"(?<=://)[^/@\s]+(?=@)", UNRECORDED, data) if isinstance(data, str) else data
 
 
 def absolute(path: str, base: Path) -> str:
@@ -263,7 +288,8 @@ def absolute(path: str, base: Path) -> str:
 
 
 def _looks_local(name: str, base: Path) -> bool:
-    return name.startswith((".", "/", "~")) or name.endswith(".gguf") or (base / name).is_dir()
+    """What is given for a model is a path; the bundled model's name never is."""
+    return name != SMOLLM2 and (name.startswith((".", "/", "~")) or name.endswith(".gguf") or (base / name).is_dir())
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -278,19 +304,40 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise InputError("no such file", file=str(file)) from e
     except IsADirectoryError as e:
         raise InputError("is a folder", file=str(file), wants="a YAML file") from e
-    except PermissionError as e:
-        raise InputError("not readable", file=str(file)) from e
+    except OSError as e:
+        raise InputError(f"not readable: {e.strerror}", file=str(file)) from e
     except UnicodeDecodeError as e:
-        raise InputError(f"not UTF-8 at byte {e.start}", file=str(file)) from e
+        raise InputError(f"not UTF-8 at byte {e.start + 1}", file=str(file)) from e
     try:
-        data = yaml.safe_load(text)
+        data = _yaml(text)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         where = f"{file}:{mark.line + 1}" if mark else str(file)
-        raise InputError(f"not YAML: {getattr(e, 'problem', None) or 'unreadable'}", file=where) from e
+        raise InputError(f"not YAML: {getattr(e, 'problem', None) or e}", file=where) from e
     if not isinstance(data, dict):
         raise InputError("not a mapping", file=str(file), got=data, wants="fields like `name: value`")
     return data
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, where PyYAML takes the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
+
+
+def _yaml(text: str) -> Any:
+    """What the text says; everything that PyYAML trips over is a YAMLError."""
+    try:
+        return yaml.load(text, _Loader)
+    except (ValueError, RecursionError) as e:  # a date such as 2024-13-45, a thousand brackets
+        raise yaml.YAMLError(str(e)) from e
 
 
 def parse(model: type[Model], data: Any, file: str, field: str | None = None) -> Model:
@@ -355,7 +402,7 @@ def _assign(data: dict[str, Any], assignment: str) -> None:
     if not sep or not all(keys):
         raise InputError("not an assignment", field="--set", got=assignment, wants="a.b=value")
     try:
-        value = yaml.safe_load(text)
+        value = _yaml(text)
     except yaml.YAMLError as e:
         raise InputError("the value is not YAML", field=f"--set {path}", got=text) from e
     here = data

@@ -6,14 +6,15 @@ Loads the model's tokenizer and config, never its weights. Knows no Ray.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.actions import FINISH, ToolSpec, fewshot_tools
+from actors.actions import FINISH, ToolSpec, fewshot_tools, fold
 from actors.agent import Limits
 from actors.errors import InputError
 from actors.formats import Format, Prompt, check_format, fill, make_format
@@ -72,17 +73,18 @@ def prepare(config: RunConfig) -> Prepared:
     _check_built(config)
     suite = load_suite(config.suite, config.data)
     tools = tuple(load_tools(suite.config.tools, suite.folder))
-    scorers = load_scorers(suite.config.scorers, suite.folder)
+    with _named(suite):
+        scorers = load_scorers(suite.config.scorers, suite.folder)
     _check_fewshot(suite, tools)
     rows = read_rows(suite, config)
     if rows.rejects and config.bad_rows == "stop":
         raise InputError(describe_rejects(rows.rejects))
     if not rows.tasks:
         raise InputError("every row was rejected:\n" + describe_rejects(rows.rejects))
-    _check_gold(suite, scorers, rows)
+    check_gold(suite, scorers, rows)
 
     # Weights of a repository are the replicas' business: the machine that submits may have no room for them.
-    model = resolve(config.model.id, config.model.revision, weights=Path(config.model.id).expanduser().exists())
+    model = resolve(config.model.id, config.model.revision, weights=Path(config.model.id).is_absolute())
     pinned, model_revision = {"revision": model.revision}, model.revision
     if config.model.adapter is not None:
         pinned["adapter"], revision = pinned_adapter(config.model.adapter)
@@ -155,8 +157,16 @@ def _check_built(config: RunConfig) -> None:
             raise InputError("not done yet", field=field, got=got, wants=str(wants or "null"))
     if config.numerics == "invariant" and config.model.dtype not in ("auto", "float32"):
         raise InputError("kept in float32 only", field="numerics", got="invariant", wants="model.dtype: float32")
-    if ":" in config.engine and importlib.util.find_spec(config.engine.partition(":")[0].partition(".")[0]) is None:
-        raise InputError("no such module", field="engine", got=config.engine, wants="module:factory")
+    if ":" in config.engine:
+        module, _, factory = config.engine.partition(":")
+        try:
+            found = importlib.import_module(module)
+        except Exception as e:  # importing runs the user's code
+            what = f"importing {module!r} failed: {type(e).__name__}: {e}"
+            raise InputError(what, field="engine", got=config.engine, wants="module:factory") from e
+        if not hasattr(found, factory):
+            what = f"{module} has no {factory!r}" + nearest(factory, dir(found))
+            raise InputError(what, field="engine", got=config.engine, wants="module:factory")
     if isinstance(config.fallback, list) and not OFFERED.issuperset(config.fallback):
         raise InputError("not done yet", field="fallback", got=config.fallback, wants=", ".join(sorted(OFFERED)))
     sizes = [pool.tensor_parallel_size for pool in config.pools.values()]
@@ -178,9 +188,9 @@ def _check_built(config: RunConfig) -> None:
 
 
 def _check_fewshot(suite: Suite, tools: Sequence[Tool]) -> None:
-    known = {tool.name.casefold(): tool.name for tool in tools} | {"finish": "Finish"}
+    known = {fold(tool.name): tool.name for tool in tools} | {"finish": "Finish"}
     for name in fewshot_tools(suite.fewshot):
-        if name.casefold() not in known:
+        if fold(name) not in known:
             raise InputError(
                 f"the few-shot examples call {name}, which is not a declared tool" + nearest(name, known.values()),
                 file=str(suite.folder / "suite.yaml"),
@@ -189,8 +199,19 @@ def _check_fewshot(suite: Suite, tools: Sequence[Tool]) -> None:
             )
 
 
-def _check_gold(suite: Suite, scorers: Sequence[Scorer], rows: Rows) -> None:
-    failures = gold_check((task for task in rows.tasks if task.sample == 0), scorers, suite.primary)
+@contextmanager
+def _named(suite: Suite) -> Generator[None]:
+    """Errors of those who do not know the suite's file name it."""
+    try:
+        yield
+    except InputError as e:
+        raise InputError(e.message, file=str(suite.folder / "suite.yaml")) from e
+
+
+def check_gold(suite: Suite, scorers: Sequence[Scorer], rows: Rows) -> None:
+    """InputError where a gold answer does not score 1.0 in the primary metric."""
+    with _named(suite):
+        failures = gold_check((task for task in rows.tasks if task.sample == 0), scorers, suite.primary)
     if failures:
         first = failures[0]
         raise InputError(

@@ -10,8 +10,10 @@ import hashlib
 import importlib
 import io
 import json
+import math
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import pyarrow.parquet as pq
 from pydantic import Field, PositiveInt, field_validator
 
 from actors.errors import InputError
+from actors.formats import fill, named_fields
 from actors.messages import Task
 from pipeline.config import Part, RunConfig, absolute, nearest, parse, read_yaml
 from pipeline.tasks import Tasks
@@ -40,7 +43,10 @@ class FieldsConfig(Part):
 
     id: str | None = Field(default="id", description="unique id; null numbers the rows by line")
     question: str = Field(default="question", description="the question")
-    gold: str = Field(default="answer", description="accepted answer, or a list of them")
+    gold: str = Field(
+        default="answer",
+        description="accepted answer, or a list of them; of a truth value, yes and true or no and false",
+    )
     gold_pattern: str | None = Field(
         default=None, description="regular expression; its first group in the gold is the answer"
     )
@@ -160,7 +166,16 @@ def load_suite(folder: str | Path, data: str | None = None) -> Suite:
         raise InputError("no such suite folder", field="suite", got=str(folder), wants="a folder with suite.yaml")
     config = parse(SuiteConfig, read_yaml(file), str(file))
     base = file.parent.resolve()
-    if config.fields.gold in _template_fields(config.prompt.user):
+    asked = named_fields(config.prompt.user)
+    if not asked:
+        raise InputError(
+            "names no field, so that every row would be asked the same",
+            file=str(file),
+            field="prompt.user",
+            got=config.prompt.user,
+            wants="a template such as `Question: {question}`",
+        )
+    if config.fields.gold in asked:
         raise InputError("shows the model the answer", file=str(file), field="prompt.user", got=config.prompt.user)
     for name in config.report_by:
         if name not in config.fields.metadata:
@@ -178,22 +193,25 @@ def load_suite(folder: str | Path, data: str | None = None) -> Suite:
 
 
 def _text(value: str, base: Path, file: Path, field: str) -> str:
-    """A file's text where `value` is one word ending in .txt, .md or .jinja, else `value` itself."""
-    if not re.fullmatch(r"\S+\.(txt|md|jinja)", value):
+    """A file's text where `value` names one or looks as if it should, else `value` itself."""
+    if not os.path.isfile(base / value):
+        if re.fullmatch(r"\S+\.[A-Za-z]\w{0,6}|[^\n]+\.(?i:txt|md|jinja|prompt)", value):
+            raise InputError("no such file", file=str(file), field=field, got=value, wants="a file, or several words")
         return value
     try:
         return (base / value).read_text(encoding="utf-8-sig")
-    except FileNotFoundError as e:
-        raise InputError("no such file", file=str(file), field=field, got=value) from e
+    except OSError as e:
+        raise InputError(f"not readable: {e.strerror}", file=str(base / value), field=field) from e
     except UnicodeDecodeError as e:
-        raise InputError(f"not UTF-8 at byte {e.start}", file=str(base / value), field=field) from e
+        raise InputError(f"not UTF-8 at byte {e.start + 1}", file=str(base / value), field=field) from e
 
 
 def read_rows(suite: Suite, run: RunConfig) -> Rows:
     """Read and check the suite's rows, up to `run.limit`, expanded by `run.samples`.
 
     Raises:
-        InputError: no such file, an unknown kind of file, a duplicate id, or no row at all.
+        InputError: no such file, an unknown kind of file, a duplicate id, no row at all, or none with a column of
+            `fields.metadata`.
     """
     rejects: list[Reject] = []
     digest = hashlib.sha256()
@@ -206,13 +224,15 @@ def read_rows(suite: Suite, run: RunConfig) -> Rows:
 def _tasks(suite: Suite, run: RunConfig, rejects: list[Reject], digest: Any) -> Iterator[Task]:
     """The tasks; the rows that are none go to `rejects`, what was read to `digest`."""
     lines: dict[str, int] = {}
+    columns: dict[str, None] = {}
     for line, raw, row in raw_rows(suite):
         if run.limit is not None and len(lines) >= run.limit:
-            break
+            return
         digest.update(raw.encode("utf-8", "surrogateescape"))
         if isinstance(row, str):
             rejects.append(Reject(suite.data, line, None, row, raw[:2000]))
             continue
+        columns |= dict.fromkeys(row)
         task, field, reason = _task(suite.config, row, line)
         if task is None:
             rejects.append(Reject(suite.data, line, field, reason, raw[:2000]))
@@ -227,6 +247,11 @@ def _tasks(suite: Suite, run: RunConfig, rejects: list[Reject], digest: Any) -> 
             )
         lines[task.task_id] = line
         yield from (_sample(task, sample, run.seed) for sample in range(run.samples))
+    for name in suite.config.fields.metadata if columns else ():
+        if name not in columns:
+            raise InputError(
+                "no row has it" + _known(name, columns), file=suite.data, field="fields.metadata", got=name
+            )
 
 
 def _sample(task: Task, sample: int, seed: int) -> Task:
@@ -237,10 +262,19 @@ def _sample(task: Task, sample: int, seed: int) -> Task:
 
 def _task(config: SuiteConfig, row: Mapping[str, Any], line: int) -> tuple[Task | None, str | None, str]:
     """One row as a Task, or the field and the reason why not."""
-    fields = config.fields
+    fields, asked = config.fields, named_fields(config.prompt.user)
+    paragraphs = [name for name in map(_paragraphs, config.tools) if name]
     for name in (fields.id, fields.question, fields.gold):
-        if name is not None and (name not in row or row[name] is None):
-            return None, name, "missing" + nearest(name, row)
+        if name is not None and row.get(name) is None:
+            return None, name, "is null" if name in row else "missing" + _known(name, row)
+    for names, field in (
+        (asked, "prompt.user"),
+        (paragraphs, "search.paragraphs"),
+        ([config.cluster_by], "cluster_by"),
+    ):
+        for name in names:
+            if name and name != "question" and name not in row:
+                return None, name, f"missing; {field} names it{_known(name, row)}"
     question = row[fields.question]
     if not isinstance(question, str):
         return None, fields.question, f"is {type(question).__name__}, wants text"
@@ -248,40 +282,59 @@ def _task(config: SuiteConfig, row: Mapping[str, Any], line: int) -> tuple[Task 
         return None, fields.question, "is empty"
     if (size := len(question.encode("utf-8", "replace"))) > MAX_TEXT_BYTES:
         return None, fields.question, f"is {size:,} bytes long, wants at most {MAX_TEXT_BYTES:,}"
-    golds = [_scalar(gold) for gold in (row[fields.gold] if isinstance(row[fields.gold], list) else [row[fields.gold]])]
-    if not golds or any(gold is None for gold in golds):
-        return None, fields.gold, "wants text, a number, or a list of them that is not empty"
+    found = row[fields.gold]
+    golds = [gold for one in (found if isinstance(found, list) else [found]) for gold in _golds(one)]
+    if not golds or not all(map(str.strip, golds)):
+        return None, fields.gold, "wants text that is not empty, a number, or a list of them"
     if fields.gold_pattern:
-        found = [re.search(fields.gold_pattern, gold or "") for gold in golds]
-        if any(match is None for match in found):
-            return None, fields.gold, f"gold_pattern {fields.gold_pattern!r} does not match"
-        golds = [match.group(1).strip() for match in found if match]
-    for name in _template_fields(config.prompt.user):
-        if name != "question" and name not in row:
-            return None, name, "missing; prompt.user names it"
-    metadata = {name: _scalar(row.get(name)) or "" for name in fields.metadata}
-    if config.cluster_by and config.cluster_by not in row:
-        return None, config.cluster_by, "missing; cluster_by names it"
+        matches = [re.search(fields.gold_pattern, gold) for gold in golds]
+        golds = [(match.group(1) or "").strip() if match else "" for match in matches]
+        if not all(golds):
+            return None, fields.gold, f"gold_pattern {fields.gold_pattern!r} finds nothing"
+    for name in paragraphs:
+        if not isinstance(row[name], list):
+            return None, name, f"is {type(row[name]).__name__}, wants a list of paragraphs"
+    metadata = {name: _scalar(row.get(name)) for name in fields.metadata}
     if config.cluster_by:
-        metadata[config.cluster_by] = _scalar(row[config.cluster_by]) or ""
+        metadata[config.cluster_by] = _scalar(row[config.cluster_by])
+        if not metadata[config.cluster_by]:
+            return None, config.cluster_by, "wants text or a number that is not empty; cluster_by names it"
     task_id = f"line:{line}" if fields.id is None else _scalar(row[fields.id])
     if not task_id:
         return None, fields.id, "wants text or a number that is not empty"
-    gold = tuple(str(gold) for gold in golds)
-    return Task(task_id, 0, question, gold, metadata, dict(row), 0), None, ""
+    task = Task(task_id, 0, question, tuple(golds), metadata, dict(row), 0)
+    texts = [(fields.id, task_id), (fields.question, question), *((fields.gold, gold) for gold in golds)]
+    for name, text in [*texts, *metadata.items(), ("prompt.user", fill(config.prompt.user, task))]:
+        if re.search("[\ud800-\udfff]", text):
+            return None, name, "holds half of a surrogate pair, which is no character"
+    return task, None, ""
 
 
-def _template_fields(template: str) -> list[str]:
-    return re.findall(r"\{([A-Za-z_][A-Za-z0-9_]*)\}", template)
+def _paragraphs(tool: str | dict[str, Any]) -> str | None:
+    """The column that a tool's entry takes its articles from."""
+    options = tool.get("search") if isinstance(tool, dict) else None
+    column = options.get("paragraphs") if isinstance(options, dict) else None
+    return column if isinstance(column, str) else None
 
 
-def _scalar(value: Any) -> str | None:
-    """Text of a scalar; None for anything else."""
+def _known(name: str, columns: Iterable[str]) -> str:
+    """What a missing column may be: the nearest there is, or all there are."""
+    return nearest(name, columns) or "; there are " + ", ".join(map(str, columns))[:200]
+
+
+def _golds(value: Any) -> list[str]:
+    """The spellings of one gold answer; an empty one for what is none."""
+    if isinstance(value, bool):
+        return ["yes", "true"] if value else ["no", "false"]
+    return [_scalar(value)]
+
+
+def _scalar(value: Any) -> str:
+    """Text of a scalar; empty for anything else."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, (str, int, float)):
-        return str(value)
-    return None
+    finite = isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
+    return str(value) if finite else ""
 
 
 def raw_rows(suite: Suite) -> Iterator[tuple[int, str, dict[str, Any] | str]]:
@@ -289,24 +342,31 @@ def raw_rows(suite: Suite) -> Iterator[tuple[int, str, dict[str, Any] | str]]:
     if suite.data.startswith("hf:"):
         return _hub_rows(suite)
     path = Path(suite.data)
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError("no such file", field="data", got=suite.data, wants="a .jsonl, .parquet or .csv file")
     readers = {".jsonl": _jsonl_rows, ".json": _jsonl_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}
     reader = readers.get(path.suffix.lower())
     if reader is None or path.is_dir():
         raise InputError("not a kind of file Berth reads", field="data", got=suite.data, wants=".jsonl, .parquet, .csv")
+    try:
+        path.open("rb").close()
+    except OSError as e:
+        raise InputError(f"not readable: {e.strerror}", file=suite.data) from e
     return reader(path)
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any] | str]]:
+    first = True
     with path.open("rb") as file:
         for line, content in enumerate(file, 1):
             data = content.removeprefix(b"\xef\xbb\xbf") if line == 1 else content
             if not data.strip():
                 continue
-            raw = data.decode("utf-8", "surrogateescape")
+            if first and data.lstrip().startswith(b"["):
+                raise InputError("is a JSON array", file=str(path), wants="one object a line")
+            first, raw = False, data.decode("utf-8", "surrogateescape")
             try:
-                row = json.loads(data.decode("utf-8"))
+                row = json.loads(data.rstrip().decode("utf-8"))
             except UnicodeDecodeError as e:
                 yield line, raw, f"not UTF-8 at byte {e.start + 1} of the line"
             except json.JSONDecodeError as e:
@@ -325,10 +385,19 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any] | str]]:
     except UnicodeDecodeError as e:
         raise InputError(f"not UTF-8 at byte {e.start + 1}", file=str(path)) from e
     csv.field_size_limit(64 << 20)
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="")
-    for row in reader:
-        raw = json.dumps(row, ensure_ascii=False)
-        yield reader.line_num, raw, "has more cells than the header" if "" in row else row
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    line = 1
+    try:
+        names = list(reader.fieldnames or ())
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise InputError("two columns of one name", file=f"{path}:1", got=twice[0], wants="different names")
+        line = reader.line_num + 1
+        for row in reader:
+            raw = json.dumps(row, ensure_ascii=False)
+            yield reader.line_num, raw, "has more cells than the header" if None in row else row
+            line = reader.line_num + 1
+    except csv.Error as e:
+        raise InputError(f"not CSV: {e}, in the row that begins here", file=f"{path}:{line}") from e
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any] | str]]:

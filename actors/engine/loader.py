@@ -73,7 +73,8 @@ def resolve(
     node that ask at the same time wait for the first, and a process that dies half-way leaves nothing in sight.
 
     Args:
-        id: repository, folder, path of a `.gguf`, or `smollm2-135m`.
+        id: repository, folder, path of a `.gguf`, or `smollm2-135m`. `name` and `org/name` are repositories, whatever
+            the current folder holds; a folder there is `./name`.
         revision: commit, branch or tag of a repository; for files the recorded hash, which must still hold.
             A GGUF's hash is its sha256; a folder's covers names and sizes, all of its small files, and the
             first and last MiB of each weights file.
@@ -88,11 +89,12 @@ def resolve(
     path = Path(id).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return _resolve_gguf(path, revision, cache)
-    if path.is_file():
+    repository = _is_repository(id)
+    if path.is_file() and not repository:
         raise ModelUnavailable("a file that is no .gguf", field="model.id", got=id, wants="a folder or a .gguf file")
-    if path.is_dir():
+    if path.is_dir() and not repository:
         return _resolve_folder(path, revision, "config.json", weights)
-    if id.endswith(".gguf") or id.startswith(("/", ".", "~")) or id.count("/") > 1:
+    if id.endswith(".gguf") or not repository:
         raise ModelUnavailable("no such file or folder", field="model.id", got=id)
     return _resolve_hub(id, revision, cache, "config.json", weights)
 
@@ -103,12 +105,17 @@ def resolve_adapter(id: str, cache: str | Path | None = None) -> ResolvedModel:
     Raises as `resolve` does.
     """
     id, revision = _adapter(id)
+    if _is_repository(id):
+        return _resolve_hub(id, revision, cache, "adapter_config.json", True)
     path = Path(id).expanduser()
-    if path.is_dir():
-        return _resolve_folder(path, revision, "adapter_config.json", True)
-    if id.startswith(("/", ".", "~")) or id.count("/") > 1:
+    if not path.is_dir():
         raise ModelUnavailable("no such folder", field="model.adapter", got=id)
-    return _resolve_hub(id, revision, cache, "adapter_config.json", True)
+    return _resolve_folder(path, revision, "adapter_config.json", True)
+
+
+def _is_repository(id: str) -> bool:
+    """A name rather than a path, whatever the current folder holds."""
+    return not id.startswith(("/", ".", "~")) and id.count("/") <= 1
 
 
 def pinned_adapter(id: str) -> tuple[str, str]:
@@ -327,7 +334,7 @@ def _download(id: str, revision: str | None, cache: str | Path | None, patterns:
             "no such folder, and not the name of a repository",
             field="model.id",
             got=id,
-            wants="org/name, a folder, a .gguf file, or " + SMOLLM2,
+            wants="org/name, ./folder, a .gguf file, or " + SMOLLM2,
         ) from e
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, hub.RevisionResolutionError) as e:
         why = "HF_HUB_OFFLINE is set" if _offline(e) else "the hub cannot be reached"

@@ -5,6 +5,7 @@ Knows nothing of the rest of the suite. What it returns stays in the process: ea
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import hashlib
@@ -23,6 +24,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from actors.actions import fold
 from actors.errors import InputError
 from actors.messages import Task
 from actors.tools.calculator import calculator
@@ -101,9 +103,9 @@ def load_tools(entries: Sequence[Mapping[str, Any] | str], base: Path) -> list[T
             raise InputError(f"there is no tool {name!r}", file=file, field=field, wants=wants)
     taken = {"finish"}
     for tool in tools:
-        if tool.name.casefold() in taken:
+        if fold(tool.name) in taken:
             raise InputError("two tools of one name", file=file, field="tools", got=tool.name, wants="different names")
-        taken.add(tool.name.casefold())
+        taken.add(fold(tool.name))
     return tools
 
 
@@ -167,6 +169,7 @@ def _user_tool(options: _Use, base: Path, field: str, file: str) -> Tool:
             raise InputError(f"the environment variable {name} is not set", file=file, field=f"{field}.env")
     target = load_attribute(options.use, base, f"{field}.use", file)
     source = getattr(sys.modules.get(getattr(target, "__module__", "")), "__file__", None)
+    files = _sources(Path(source), base, set()) if source else ()
     return declare(
         target,
         name=options.use.rpartition(":")[2].rpartition(".")[2],
@@ -178,8 +181,34 @@ def _user_tool(options: _Use, base: Path, field: str, file: str) -> Tool:
         idempotent=options.idempotent,
         env=options.env,
         options={"use": options.use, "args": options.args},
-        files=(Path(source),) if source else (),
+        files=tuple(sorted(files)),
     )
+
+
+def _sources(source: Path, base: Path, found: set[Path]) -> set[Path]:
+    """A module's file and those of the folder that it imports, wherever in it the imports stand."""
+    found.add(source)
+    if source.suffix != ".py" or not source.is_relative_to(base):
+        return found
+    try:
+        nodes = ast.walk(ast.parse(source.read_bytes()))
+    except (SyntaxError, ValueError):  # whoever imports it will hear of it
+        return found
+    for node in nodes:
+        names: list[str] = []
+        start = base
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = source.parents[node.level - 1] if node.level else base
+            names = [".".join(filter(None, (node.module, alias.name))) for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            for path in [start.joinpath(*parts[:n]) for n in range(1, len(parts) + 1)]:
+                for file in (path.with_suffix(".py"), path / "__init__.py"):
+                    if file.is_file() and file not in found:
+                        _sources(file, base, found)
+    return found
 
 
 _Model = TypeVar("_Model", bound=BaseModel)

@@ -207,13 +207,15 @@ def _parquet_rows(path: Path, wrong: Mapping[str, str]) -> Iterator[tuple[int, M
 
 
 def _jsonl_rows(path: Path, wrong: Mapping[str, str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as e:
+                row = json.loads(line.decode("utf-8-sig").rstrip())
+            except UnicodeDecodeError as e:
+                raise InputError(f"line {number} is not UTF-8 at its byte {e.start + 1}", **wrong) from e
+            except (ValueError, RecursionError) as e:
                 raise InputError(f"line {number} is not JSON: {e}", **wrong) from e
             if not isinstance(row, dict):
                 raise InputError(f"line {number} is not an object", **wrong, got=row, wants="title and text")

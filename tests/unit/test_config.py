@@ -8,6 +8,7 @@ import yaml
 
 from actors.errors import InputError
 from pipeline.config import dump, load_run, schemas
+from pipeline.suite import SuiteConfig
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = {"suite": "s", "out": "o", "model": {"id": "m"}}
@@ -39,6 +40,43 @@ def test_assignments_and_options_win_over_the_file(tmp_path):
     file = write(tmp_path, MINIMAL | {"limit": 5, "sampling": {"temperature": 0.5}})
     config = load_run(file, ["sampling.temperature=0.7", "agent.max_tokens.thought=9"], limit=3)
     assert (config.sampling.temperature, config.agent.max_tokens.thought, config.limit) == (0.7, 9, 3)
+
+
+def test_merged_yaml_keys_may_be_set_again(tmp_path):
+    text = "suite: s\nout: o\nmodel: {id: m}\npools: {a: {labels: &l {x: y}}}\nray: {labels: {<<: *l, x: z}}"
+    assert load_run(write(tmp_path, text)).ray.labels == {"x": "z"}
+
+
+def test_a_model_is_a_folder_beside_who_names_it(tmp_path, monkeypatch):
+    for folder in ("yaml/smollm2-135m", "yaml/mine", "cwd/smollm2-135m", "cwd/mine", "cwd/org/name"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "cwd")
+
+    def model_id(id: str, *sets: str) -> str:
+        return load_run(write(tmp_path / "yaml", MINIMAL | {"model": {"id": id}}), sets).model.id
+
+    assert model_id("smollm2-135m") == model_id("x", "model.id=smollm2-135m") == "smollm2-135m"
+    assert model_id("mine") == str(tmp_path / "yaml" / "mine")
+    assert model_id("x", "model.id=mine") == model_id("x", "model={id: mine}") == str(tmp_path / "cwd" / "mine")
+    assert model_id("org/name") == "org/name"
+
+
+def test_dump_keeps_no_secret(tmp_path):
+    config = load_run(write(tmp_path, MINIMAL | {"out": "s3://KEY:never@host/x"}))
+    assert dump(config)["out"] == "s3://(not recorded)@host/x"
+    args = {
+        "api_key": "never",
+        "Token": "never",
+        "db_password": "never",
+        "max_tokens": 3,
+        "url": "http://u:never@h/a@b",
+    }
+    args["auth"] = [{"token": "never"}]
+    suite = {"name": "s", "data": {"path": "d"}, "tools": ["calculator", {"use": "m:f", "args": args}]}
+    dumped = dump(SuiteConfig.model_validate(suite))
+    assert "never" not in json.dumps(dumped)
+    assert dumped["tools"][1]["args"]["max_tokens"] == 3
+    assert dumped["tools"][1]["args"]["url"] == "http://(not recorded)@h/a@b"
 
 
 def test_dump_reads_back(tmp_path):
@@ -91,6 +129,10 @@ def test_all_problems_stand_in_one_message(tmp_path):
         ("- a", ["not a mapping"]),
         ("", ["not a mapping"]),
         ("a: 1\n b: 2", ["not YAML"]),
+        ("a: 1\nlimit: 2\nlimit: 3", ["run.yaml:3: not YAML: limit stands twice"]),
+        ("a: {b: 1, c: {b: 2}, b: 3}", ["run.yaml:1: not YAML: b stands twice"]),
+        ("a: 2024-13-45", ["run.yaml: not YAML: month must be in 1..12"]),
+        ("a: " + "[" * 3000, ["run.yaml: not YAML: maximum recursion depth"]),
     ],
 )
 def test_a_file_that_is_no_config(tmp_path, content, words):
@@ -104,12 +146,16 @@ def test_files_that_cannot_be_read(tmp_path):
         load_run(tmp_path / "none.yaml")
     with pytest.raises(InputError, match="is a folder"):
         load_run(tmp_path)
+    with pytest.raises(InputError, match="not readable: Not a directory"):
+        load_run(write(tmp_path, MINIMAL) / "suite.yaml")
     (tmp_path / "latin.yaml").write_bytes("suite: caf\xe9".encode("latin-1"))
-    with pytest.raises(InputError, match="not UTF-8 at byte 10"):
+    with pytest.raises(InputError, match="not UTF-8 at byte 11"):
         load_run(tmp_path / "latin.yaml")
 
 
-@pytest.mark.parametrize("text", ["limit", "=3", "a..b=1", "suite.x=1", "model.id=["])
+@pytest.mark.parametrize(
+    "text", ["limit", "=3", "a..b=1", "suite.x=1", "model.id=[", "limit=2024-13-45", "model={id: a, id: b}"]
+)
 def test_a_wrong_assignment_is_refused(tmp_path, text):
     with pytest.raises(InputError, match="--set"):
         load_run(write(tmp_path, MINIMAL), [text])

@@ -1,6 +1,8 @@
 """`init suite`: what it writes passes every check; what it cannot use leaves nothing behind."""
 
 import json
+import os
+import shutil
 
 import pytest
 
@@ -8,6 +10,7 @@ from actors.errors import InputError
 from pipeline.config import load_run
 from pipeline.init import write_suite
 from pipeline.preflight import prepare
+from pipeline.suite import load_suite, read_rows
 
 PARAGRAPH = {"title": "Ankor", "text": "Ankor is a port."}
 FILES = {
@@ -37,6 +40,7 @@ def test_what_it_writes_passes_every_check(tmp_path, name):
         ('{"text": "?", "answer": "a"}', "no column looks like the question"),
         ('{"question": "?", "label2": "a"}', "no column looks like the answer"),
         ("", "rows"),
+        ('{"question": "?", "answer": null}\n{"question": "?", "answer": ""}', "every row was rejected"),
     ],
 )
 def test_a_file_that_cannot_be_used_leaves_no_folder(tmp_path, text, said):
@@ -46,6 +50,28 @@ def test_a_file_that_cannot_be_used_leaves_no_folder(tmp_path, text, said):
         write_suite(str(tmp_path / "acme"), data)
     assert str(data) in str(refused.value)
     assert not (tmp_path / "acme").exists()
+
+
+@pytest.mark.parametrize("name", ["null", "2024", "1e3"])
+@pytest.mark.parametrize("data", ["a: b #1.csv", '{it\'s}, "so".csv'])
+def test_names_that_yaml_reads_otherwise(tmp_path, name, data):
+    (tmp_path / data).write_text("ID,Question,Answer\n007,How many?,4\n8,Which port?,Ankor\n")
+    write_suite(str(tmp_path / name), tmp_path / data)
+    run = load_run(tmp_path / name / "run.yaml")
+    suite = load_suite(run.suite)
+    assert (suite.config.name, suite.data, suite.primary) == (name, str(tmp_path / name / data), "exact_match")
+    assert [task.task_id for task in read_rows(suite, run).tasks] == ["007", "8"]
+
+
+def test_a_folder_that_cannot_be_made_or_filled_leaves_nothing(tmp_path, monkeypatch):
+    data = tmp_path / "plain.jsonl"
+    data.write_text(FILES["plain.jsonl"])
+    with pytest.raises(InputError, match="name: cannot be made: Not a directory"):
+        write_suite(str(data / "acme"), data)
+    monkeypatch.setattr(shutil, "copyfile", lambda *_: os.stat("/none"))
+    with pytest.raises(InputError, match="acme: cannot be written: No such file"):
+        write_suite(str(tmp_path / "a" / "b" / "acme"), data)
+    assert [path.name for path in tmp_path.iterdir()] == ["plain.jsonl"]
 
 
 def test_what_is_there_is_not_overwritten(tmp_path):

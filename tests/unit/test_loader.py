@@ -332,6 +332,18 @@ def test_a_name_the_hub_does_not_allow(tmp_path):
         loader.resolve("no spaces please", cache=tmp_path)
 
 
+def test_a_name_is_no_folder_of_the_current_one(snapshot, saved, tmp_path, monkeypatch):
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    snapshot(http(hub.RepositoryNotFoundError, 404))
+    with pytest.raises(ModelUnavailable, match="no repository org/name"):
+        loader.resolve("org/name")
+    with pytest.raises(ModelUnavailable, match="no repository org/name"):
+        loader.resolve_adapter("org/name")
+    with pytest.raises(ModelUnavailable, match=r"no config\.json"):
+        loader.resolve("./org/name")
+
+
 def test_hub_snapshot(snapshot, saved, tmp_path):
     asked = []
     folder = tmp_path / "snapshots" / COMMIT

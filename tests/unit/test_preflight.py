@@ -4,6 +4,7 @@ from actors.errors import InputError
 from pipeline.config import load_run
 from pipeline.preflight import prepare
 from tests.unit.test_config import ROOT
+from tests.unit.test_suite import ROW, make
 
 SHARDED = "pools={sharded: {tensor_parallel_size: %d}}"
 
@@ -20,6 +21,9 @@ SHARDED = "pools={sharded: {tensor_parallel_size: %d}}"
             r"pools\.single\.tensor_parallel_size: .* \(got 4\); wants 1 or 3",
         ),
         ([SHARDED % 3, "engine=reference"], r"pools\.sharded\.tensor_parallel_size: .* \(got 3\); wants 1, or engine"),
+        (["engine=no_such:build"], "engine: importing 'no_such' failed: ModuleNotFoundError"),
+        (["engine=json:dmups"], "engine: json has no 'dmups'; did you mean `dumps`"),
+        (["engine=:x"], "engine: importing '' failed"),
         (["pools={one: {}, two: {}}"], r"pools: .*'one': 1, 'two': 1.*wants another tensor_parallel_size for each"),
         (["fallback=[smaller_batch, kv_int8]"], "fallback: not done yet .* wants half_precision, shard, smaller_batch"),
     ],
@@ -38,3 +42,16 @@ def test_two_pools_of_different_size_are_let_in(smollm2):
     pools = "pools={triple: {tensor_parallel_size: 3}, single: {}}"
     prepared = prepare(load_run(ROOT / "configs" / "quickstart.yaml", [pools, "fallback=memory_first"]))
     assert set(prepared.config.pools) == {"single", "triple"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"scorers": ["exact_mach"]}, "suite.yaml: scorers: no such scorer"),
+        ({"scorers": ["exact_match"], "primary": "f2"}, "suite.yaml: primary: no scorer gives this metric"),
+    ],
+)
+def test_a_scorer_that_is_none_is_named_with_its_file(tmp_path, change, words):
+    _, run = make(tmp_path, [ROW], change)
+    with pytest.raises(InputError, match=words):
+        prepare(run)

@@ -1,4 +1,5 @@
 import json
+import socket
 from pathlib import Path
 
 import pandas as pd
@@ -34,7 +35,7 @@ def test_rows_become_tasks_with_samples_and_seeds(tmp_path):
     suite, run = make(tmp_path, [ROW, ROW | {"id": 7, "answer": ["x", 3, True]}], samples=2)
     rows = read_rows(suite, run)
     assert [task.row_id for task in rows.tasks] == ["a/0", "a/1", "7/0", "7/1"]
-    assert rows.tasks[2].gold == ("x", "3", "yes")
+    assert rows.tasks[2].gold == ("x", "3", "yes", "true")
     assert len({task.seed for task in rows.tasks}) == 4
     assert all(0 <= task.seed < 2**63 for task in rows.tasks)
     assert read_rows(suite, run).tasks == rows.tasks
@@ -60,6 +61,16 @@ def test_gold_pattern_takes_its_first_group(tmp_path):
         (b'{"id": "b", "question": "q", "answer": ', None, "not JSON"),
         (b'["a"]', None, "wants an object"),
         (b'{"id": "b", "questoin": "q", "answer": "x"}', "question", "did you mean `questoin`"),
+        (b'{"id": "b", "zzz": "q", "answer": "x"}', "question", "missing; there are id, zzz, answer"),
+        (b'{"id": "b", "question": "q", "answer": null}', "answer", "is null"),
+        (b'{"id": "b", "question": "q", "answer": ""}', "answer", "not empty"),
+        (b'{"id": "b", "question": "q", "answer": "  "}', "answer", "not empty"),
+        (b'{"id": "b", "question": "q", "answer": ["", "Paris"]}', "answer", "not empty"),
+        (b'{"id": "b", "question": "q", "answer": NaN}', "answer", "not empty"),
+        (b'{"id": "b", "question": "q", "answer": -Infinity}', "answer", "not empty"),
+        (b'{"id": "b", "question": "q\\ud800", "answer": "x"}', "question", "surrogate"),
+        (b'{"id": "\\udfff", "question": "q", "answer": "x"}', "id", "surrogate"),
+        (b'{"id": "b", "question": "q", "answer": "x"', None, "delimiter at column 43"),
         (b'{"id": "b", "question": 3, "answer": "x"}', "question", "is int, wants text"),
         (b'{"id": "b", "question": "  ", "answer": "x"}', "question", "is empty"),
         (b'{"id": "b", "question": "q"}', "answer", "missing"),
@@ -81,6 +92,85 @@ def test_a_bad_row_names_file_line_and_field_and_is_kept(tmp_path, line, field, 
     assert words in reject.reason
     assert str(reject).startswith(f"{tmp_path / 'rows.jsonl'}:3: ")
     assert len(reject.raw) <= 2000
+
+
+@pytest.mark.parametrize(
+    ("suite", "change", "field", "words"),
+    [
+        ({"fields": {"gold_pattern": "x(y)?"}}, {"answer": "x"}, "answer", "finds nothing"),
+        ({"fields": {"gold_pattern": "#(.*)"}}, {"answer": "# "}, "answer", "finds nothing"),
+        ({"prompt": {"user": "{question} {contxt}"}}, {"context": "c"}, "contxt", "did you mean `context`"),
+        ({"prompt": {"user": "{question} {größe}"}}, {}, "größe", "prompt.user names it"),
+        ({"prompt": {"user": "{question} {c}"}}, {"c": ["\ud800"]}, "prompt.user", "surrogate"),
+        ({"fields": {"metadata": ["m"]}}, {"m": "\ud800"}, "m", "surrogate"),
+        ({"tools": [{"search": {"paragraphs": "paragraf"}}]}, {"paragraphs": []}, "paragraf", "mean `paragraphs`"),
+        ({"tools": [{"search": {"paragraphs": "p"}}]}, {"p": "text"}, "p", "is str, wants a list"),
+        ({"cluster_by": "doc"}, {"docs": 1}, "doc", "did you mean `docs`"),
+        ({"cluster_by": "doc"}, {"doc": None}, "doc", "not empty"),
+        ({"cluster_by": "doc"}, {"doc": [1]}, "doc", "not empty"),
+        ({"cluster_by": "doc"}, {"doc": {"a": 1}}, "doc", "not empty"),
+    ],
+)
+def test_a_row_that_does_not_suit_its_suite_is_rejected(tmp_path, suite, change, field, words):
+    rows = read_rows(*make(tmp_path, [ROW | change], suite))
+    assert not rows.tasks
+    assert rows.rejects[0].field == field
+    assert words in rows.rejects[0].reason
+
+
+def test_a_metadata_column_that_no_row_has_is_refused(tmp_path):
+    suite, run = make(tmp_path, [ROW, ROW | {"id": "b", "level": 1}], {"fields": {"metadata": ["levle"]}})
+    with pytest.raises(InputError, match=r"rows.jsonl: fields.metadata: no row has it; did you mean `level`"):
+        read_rows(suite, run)
+    assert len(read_rows(suite, run.model_copy(update={"limit": 1})).tasks) == 1  # a later row may have it
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('id,question,answer\na,q,x\nb,q,"x\nc,q,y\n', "rows.csv:3: not CSV: unexpected end of data"),
+        ('id,question,answer\na,q,"x" y\n', "rows.csv:2: not CSV"),
+        ("id,question,answer,answer\na,q,x,y\n", r"rows.csv:1: two columns of one name .got 'answer'"),
+    ],
+)
+def test_a_broken_csv_file_is_named_with_its_line(tmp_path, text, words):
+    _, run = make(tmp_path, [ROW])
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(InputError, match=words):
+        read_rows(load_suite(tmp_path, str(tmp_path / "rows.csv")), run)
+
+
+def test_a_csv_column_may_have_no_name(tmp_path):
+    _, run = make(tmp_path, [ROW])
+    (tmp_path / "rows.csv").write_text(",id,question,answer\n0,a,q,x\n1,b,q,x,y\n")
+    rows = read_rows(load_suite(tmp_path, str(tmp_path / "rows.csv")), run)
+    assert [task.task_id for task in rows.tasks] == ["a"]
+    assert [reject.reason for reject in rows.rejects] == ["has more cells than the header"]
+
+
+def test_a_json_array_is_named_once(tmp_path):
+    with pytest.raises(InputError, match=r"rows.jsonl: is a JSON array; wants one object a line"):
+        read_rows(*make(tmp_path, json.dumps([ROW], indent=1).encode()))
+
+
+def test_rows_that_cannot_be_read(tmp_path):
+    suite, run = make(tmp_path, [ROW])
+    (tmp_path / "rows.jsonl").unlink()
+    with socket.socket(socket.AF_UNIX) as unreadable:
+        unreadable.bind(str(tmp_path / "rows.jsonl"))
+        with pytest.raises(InputError, match=r"rows.jsonl: not readable: No such device"):
+            read_rows(suite, run)
+
+
+@pytest.mark.parametrize("name", ["my system.txt", "system.TXT", "x.prompt", "instructions"])
+def test_a_prompt_that_is_a_file_is_read(tmp_path, name):
+    (tmp_path / name).write_text("Be brief.")
+    assert make(tmp_path, [ROW], {"prompt": {"system": name}})[0].system == "Be brief."
+
+
+@pytest.mark.parametrize("text", ["", "Be brief.", "Answer in Python 3.11", "one.\ntwo.txt", "Think.", "x" * 5000])
+def test_a_prompt_that_is_no_file_is_text(tmp_path, text):
+    assert make(tmp_path, [ROW], {"prompt": {"system": text}})[0].system == text
 
 
 def test_duplicate_id_names_both_lines(tmp_path):
@@ -130,6 +220,10 @@ def test_a_broken_parquet_file_is_named(tmp_path):
         ({"fields": {"gold_pattern": "("}}, "regular expression"),
         ({"fields": {"gold_pattern": "x"}}, "with a group"),
         ({"prompt": {"system": "none.txt"}}, "prompt.system: no such file"),
+        ({"prompt": {"system": "no ne.TXT"}}, "prompt.system: no such file"),
+        ({"prompt": {"fewshot": "x.prompt"}}, "prompt.fewshot: no such file"),
+        ({"prompt": {"user": "Answer it."}}, "prompt.user: names no field"),
+        ({"prompt": {"user": "{question} {größe}"}, "fields": {"gold": "größe"}}, "shows the model the answer"),
         ({"report_by": ["domain"]}, "report_by: not a metadata column"),
         ({"name": "a/b"}, "name"),
         ({"prompt": {"user": "{question} hint: {answer}"}}, "shows the model the answer"),

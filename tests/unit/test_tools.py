@@ -242,9 +242,11 @@ def test_what_cannot_be_loaded(tmp_path, entry, says):
     assert any(part in str(e.value) for part in says.split("|"))
 
 
-def test_two_tools_of_one_name(tmp_path):
+@pytest.mark.parametrize("second", ["calculator", {"use": "mine:Calcul_ator"}])
+def test_two_tools_of_one_name(tmp_path, second):
+    (tmp_path / "mine.py").write_text('def Calcul_ator(x: str) -> str:\n    """Doc."""\n    return x\n')
     with pytest.raises(InputError, match="two tools of one name"):
-        load_tools(["calculator", {"calculator": {}}], tmp_path)
+        load_tools(["calculator", second], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +258,8 @@ def test_two_tools_of_one_name(tmp_path):
         ("c.jsonl", '{"title": "A", "text": "B"}\n{nonsense\n', "line 2 is not JSON"),
         ("c.jsonl", "[1]\n", "line 1 is not an object"),
         ("c.jsonl", '{"title": "A", "text": null}\n', "row 1: title and text must be strings"),
-        ("c.jsonl", b"\xff\xfe\xfa", "cannot be read"),
+        ("c.jsonl", b'{"title": "A", "text": "B"}\n\xff\xfe\xfa', "line 2 is not UTF-8 at its byte 1"),
+        ("c.jsonl", "[" * 100_000, "line 1 is not JSON"),
         ("c.parquet", "no parquet", "cannot be read"),
         ("c.parquet", {"title": ["A"], "body": ["B"]}, "no column 'text'"),
     ],
@@ -333,6 +336,22 @@ def test_sha_changes_with_the_tool(tmp_path):
     assert first != sha(max_tokens=7)
     (tmp_path / "mine.py").write_text('def good(x: str) -> str:\n    """Doc."""\n    return x + x\n')
     assert first != sha()
+
+
+@pytest.mark.parametrize("file", ["mine.py", "sibling.py", "sibling_late.py", "pack/__init__.py", "pack/other.py"])
+def test_sha_changes_with_what_the_tool_imports(tmp_path, file):
+    foreign(tmp_path)
+    with (tmp_path / "mine.py").open("a") as mine:
+        mine.write("from pack import part\nimport numpy as np\n\ndef late():\n    import broken\n")
+    (tmp_path / "alone.py").write_text("")
+    (tmp_path / "broken.py").write_text("def (")
+    tools = load_tools([{"use": "mine:where"}], tmp_path)
+    first = tools_sha(tools)
+    (tmp_path / "alone.py").write_text("# changed\n")
+    assert tools_sha(load_tools([{"use": "mine:where"}], tmp_path)) == first
+    with (tmp_path / file).open("a") as content:
+        content.write("# changed\n")
+    assert tools_sha(tools) != first
 
 
 FOREIGN = {
