@@ -36,7 +36,7 @@ from pipeline.journal import Progress
 from pipeline.lock import locked
 from pipeline.preflight import Prepared, identity, limits_of
 from pipeline.report import summarize, write_report
-from pipeline.resume import attempts_so_far, failed_rows, reconcile, reopen, write_checkpoint
+from pipeline.resume import attempts_so_far, clear_journal, failed_rows, reconcile, reopen, write_checkpoint
 from pipeline.tables import (
     ATTEMPTS,
     REJECTS,
@@ -57,6 +57,8 @@ from pipeline.tasks import packed
 log = logging.getLogger("berth")
 
 MANIFEST_ROWS = 4096
+WRITTEN = ("journal", "results", "tasks", "attempts", "rejects", "summary.json", "report.html")
+"""What a run writes into its folder, after run.json."""
 BY_ATTEMPT = [("row_id", "ascending"), ("attempt", "ascending")]
 
 
@@ -67,10 +69,11 @@ def execute(prepared: Prepared, screen: Screen, retry: Collection[str] | None = 
         retry: do failed rows of these error types again (all types: empty); None leaves them.
 
     Raises:
-        RunConflict: the folder is in use, or holds another run.
+        RunConflict: the folder is in use, holds another run, or is not a run's.
         Incomplete: stopped before the end; the same command resumes.
     """
     out, total = prepared.config.out, len(prepared.rows.tasks)
+    check_folder(out, prepared.suite.folder)
     with locked(out, stop_on_loss(screen), lambda said: screen.line("lock", said)):
         info = open_folder(prepared)
         if retry is not None:
@@ -81,14 +84,52 @@ def execute(prepared: Prepared, screen: Screen, retry: Collection[str] | None = 
                 write_json(info, f"{out}/run.json")
                 reopen(out, again)
         done = reconcile(out, lambda said: screen.line("damaged", said))
-        if len(done) == total and info.get("finished_at"):
+        left = missing(prepared, done)
+        if not left and info.get("finished_at"):
             screen.line("run", f"already complete: {total:,} rows in {out}; nothing to do")
             return json.loads(read_bytes(f"{out}/summary.json") or b"{}") or summarize(out)
-        if len(done) < total:
+        if left:
             learned = forecaster(prepared)
             write_manifest(prepared, learned)
             roll_out(prepared, learned, info, screen)
         return finish(prepared, info)
+
+
+def check_folder(out: str, suite: Path) -> None:
+    """Refuse a folder of the user's own, in which a run would take files for its own.
+
+    Raises:
+        RunConflict: it is the suite's, or holds what a run writes and no run.json.
+    """
+    if "://" not in out and Path(out).resolve() == suite.resolve():
+        raise RunConflict("is the suite's own folder", field="out", got=out, wants="another folder with --out")
+    try:
+        found = [] if _exists(f"{out}/run.json") else [name for name in WRITTEN if _exists(f"{out}/{name}")]
+    except OSError as e:
+        raise InputError(f"not readable: {e}", field="out", got=out) from e
+    if found:
+        raise RunConflict(
+            f"holds {', '.join(found)} and no run.json, so these files are not known to be a run's",
+            field="out",
+            got=out,
+            wants="another folder with --out",
+        )
+
+
+def missing(prepared: Prepared, done: Collection[str]) -> int:
+    """Number of the run's rows that are not done.
+
+    Raises:
+        RunConflict: rows are done that are not the run's.
+    """
+    mine = set(prepared.rows.tasks.table["row_id"].to_pylist())
+    if foreign := set(done) - mine:
+        raise RunConflict(
+            f"{len(foreign):,} rows are not of this run, as {min(foreign)!r}",
+            file=f"{prepared.config.out}/results",
+            wants="another folder with --out",
+        )
+    return len(mine) - len(set(done))
 
 
 def open_folder(prepared: Prepared) -> dict[str, Any]:
@@ -173,13 +214,18 @@ def forecaster(prepared: Prepared) -> Forecaster:
     """A forecaster that has learned from the run folders beside this run's: rows of the same suite and model."""
     found, parent = untaught(prepared), prepared.config.out.rstrip("/").rpartition("/")[0]
     fs, path = filesystem(parent)
-    for info in sorted(fs.get_file_info(FileSelector(path, allow_not_found=True)), key=lambda info: info.base_name):
-        folder = f"{parent}/{info.base_name}"
-        if info.type == FileType.Directory and _exists(f"{folder}/run.json"):
-            try:
+    try:
+        beside = fs.get_file_info(FileSelector(path, allow_not_found=True))
+        folders = sorted(f"{parent}/{info.base_name}" for info in beside if info.type == FileType.Directory)
+    except OSError as e:
+        log.warning("no forecasts from the runs in %s: %s", parent, e)
+        return found
+    for folder in folders:
+        try:
+            if _exists(f"{folder}/run.json"):
                 found.learn_from_tables(f"{folder}/results", prepared.facts, prepared.model_revision)
-            except (OSError, pa.ArrowException) as e:  # another run's tables must not stop this one
-                log.warning("no forecasts from %s: %s", folder, e)
+        except (OSError, pa.ArrowException) as e:  # another run's tables, or private folder, must not stop this one
+            log.warning("no forecasts from %s: %s", folder, e)
     return found
 
 
@@ -338,18 +384,15 @@ def _attempt_row(records: list[dict[str, Any]], page_bytes: int) -> dict[str, An
 
 
 def finish(prepared: Prepared, info: dict[str, Any]) -> dict[str, Any]:
-    """Count the rows, write run.json, summary.json and report.html, clear the journal."""
+    """See that no row is missing, write run.json, summary.json and report.html, clear the journal."""
     out, total = prepared.config.out, len(prepared.rows.tasks)
-    done = count_rows(f"{out}/results", RESULTS)
-    if done < total:
-        raise Incomplete(f"{done:,} of {total:,} rows are done; repeat the command to resume")
+    if left := missing(prepared, read_table(f"{out}/results", RESULTS, ["row_id"])["row_id"].to_pylist()):
+        raise Incomplete(f"{total - left:,} of {total:,} rows are done; repeat the command to resume")
     finished = info | {"finished_at": now()}
     write_json(finished | {"finished_at": None}, f"{out}/run.json")
     summary = write_report(out)
     write_json(finished, f"{out}/run.json")
-    if _exists(f"{out}/journal"):
-        fs, path = filesystem(f"{out}/journal")
-        fs.delete_dir(path)
+    clear_journal(out)
     return summary
 
 

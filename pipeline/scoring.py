@@ -254,8 +254,10 @@ def _in_time(function: Score, trajectory: Trajectory, gold: tuple[str, ...]) -> 
     def work() -> None:
         try:
             outcome.set_result(function(trajectory, gold))
-        except BaseException as e:  # the caller's to handle
+        except Exception as e:
             outcome.set_exception(e)
+        except BaseException as e:  # as of sys.exit, which would end the caller's thread and not the process
+            outcome.set_exception(RuntimeError(f"{type(e).__name__}: {e}"))
 
     thread = Thread(target=work, name="berth-scorer", daemon=True)
     thread.start()

@@ -1,4 +1,5 @@
 import math
+import sys
 import threading
 from pathlib import Path
 
@@ -196,6 +197,13 @@ def test_gold_check_names_scorer_and_row_of_an_exception():
         gold_check([task("x")], [custom(broken)], "m")
     with pytest.raises(InputError, match=r"primary: no scorer gives this metric .*wants f1"):
         gold_check([task("x")], load_scorers(["f1"], "."), "exact_match")
+
+
+def test_a_scorer_that_exits_is_one_that_failed():
+    scorer = custom(lambda *_: sys.exit(3))
+    assert scoring.score(said("x", "x"), [scorer], "m").error == "scorer mine:score: RuntimeError: SystemExit: 3"
+    with pytest.raises(InputError, match="SystemExit: 3"):
+        gold_check([task("x")], [scorer], "m")
 
 
 def test_a_scorer_of_ones_own(tmp_path: Path):
