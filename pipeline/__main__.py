@@ -135,9 +135,10 @@ def report(folder: Folder, as_json: Json = False) -> None:
     screen = Screen(quiet_stdout=as_json)
     with spoken(screen):
         from pipeline.report import write_report
-        from pipeline.run import existing
+        from pipeline.run import opened
 
-        _tell(screen, existing(folder), write_report(existing(folder)), as_json)
+        with opened(folder):
+            _tell(screen, folder, write_report(folder), as_json)
 
 
 @app.command()
@@ -150,9 +151,10 @@ def score(
     screen = Screen(quiet_stdout=as_json)
     with spoken(screen):
         from pipeline.rescore import rescore
-        from pipeline.run import existing
+        from pipeline.run import opened
 
-        found = rescore(existing(folder), scorer)
+        with opened(folder):
+            found = rescore(folder, scorer)
         if as_json:
             sys.stdout.write(json.dumps(found, indent=2) + "\n")
         for name, text in found["shown"].items():

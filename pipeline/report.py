@@ -50,8 +50,9 @@ _TIMES = ["queue_s", "prefill_s", "decode_s", "tool_s"]
 def summarize(run_dir: str | Path) -> dict[str, Any]:
     """What a run says, as plain JSON data. Pure over the run's tables and run.json.
 
-    Failed and unscored rows count as 0 in every score. `score_without_infra` leaves out rows that failed for
-    reasons that are not the model's. Rows of one `cluster_by` value, or samples of one task, are one cluster.
+    Failed and unscored rows count as 0 in every score. `score_without_faults` leaves out rows that failed for
+    reasons that are not the model's: infrastructure, or a tool that broke. Rows of one `cluster_by` value, or samples
+    of one task, are one cluster.
 
     Args:
         run_dir: run folder, local, s3:// or gs://. Tables or run.json may be missing.
@@ -89,6 +90,23 @@ def compare(run_a: str | Path, run_b: str | Path) -> dict[str, Any]:
     return {"metric_a": a.primary, "metric_b": b.primary, **asdict(found), **alone}
 
 
+def metrics(scores: pa.ChunkedArray, lost: Frame, clusters: Frame, primary: str) -> dict[str, dict[str, Any]]:
+    """Mean and interval of every metric, the primary first; `n` says of how many rows.
+
+    Args:
+        scores: metric → value, a row each.
+        lost: whether the row failed or was not scored: without a metric it counts as 0, other rows are left out.
+        clusters: rows that are not independent have the same.
+    """
+    keys = pa.chunked_array([chunk.keys for chunk in scores.chunks], pa.string())
+    found: dict[str, dict[str, Any]] = {}
+    for name in sorted(keys.unique().to_pylist(), key=lambda name: (name != primary, name))[:MAX_METRICS]:
+        values = _lookup(scores, name)
+        known = lost | values.notna()
+        found[name] = asdict(stats.interval(values[known].fillna(0.0), clusters[known]))
+    return found
+
+
 class _Run:
     """One run folder, read: `facts` (run.json) and `frame` (a row per result row, without the large columns)."""
 
@@ -108,7 +126,7 @@ class _Run:
         del table
         frame["tp"] = frame["tp"].astype("Int64")
         frame["failed"] = frame["status"] == "failed"
-        frame["infra"] = frame["failed"] & (frame["error_type"] == "infra")
+        frame["fault"] = frame["failed"] & frame["error_type"].isin(["infra", "tool"])
         frame["unscored"] = frame["score"].isna() & ~frame["failed"]
         frame["primary"] = frame["score"].fillna(0.0).where(~frame["failed"], 0.0)
         by = self.suite.get("cluster_by")
@@ -128,7 +146,8 @@ class _Run:
             "tasks": int(frame["task_id"].nunique()),
             "ok": int((~frame["failed"]).sum()),
             "failed": int(frame["failed"].sum()),
-            "infra": int(frame["infra"].sum()),
+            "infra": int((frame["fault"] & (frame["error_type"] == "infra")).sum()),
+            "tool": int((frame["fault"] & (frame["error_type"] == "tool")).sum()),
             "unscored": int(frame["unscored"].sum()),
             "forced_finish": int(frame["forced_finish"].sum()),
             "retried": int((frame["attempts"] > 1).sum()),
@@ -142,8 +161,8 @@ class _Run:
             "rows": rows,
             "primary": self.primary,
             "score": self._interval(frame),
-            "score_without_infra": self._interval(frame[~frame["infra"]]),
-            "metrics": self._metrics(),
+            "score_without_faults": self._interval(frame[~frame["fault"]]),
+            "metrics": metrics(self.scores, frame["failed"] | frame["unscored"], frame["cluster"], self.primary),
             "pass_at_k": self._pass_at_k(),
             "groups": self._groups(),
             "stop_reasons": _counts(frame["stop_reason"]),
@@ -163,17 +182,6 @@ class _Run:
 
     def _interval(self, frame: Frame) -> dict[str, Any]:
         return asdict(stats.interval(frame["primary"], frame["cluster"]))
-
-    def _metrics(self) -> dict[str, dict[str, Any]]:
-        """Every metric; a row without it counts as 0 if it failed or was not scored, else it is left out."""
-        keys = pa.chunked_array([chunk.keys for chunk in self.scores.chunks], pa.string())
-        zero = self.frame["failed"] | self.frame["unscored"]
-        found: dict[str, dict[str, Any]] = {}
-        for name in sorted(keys.unique().to_pylist(), key=lambda name: (name != self.primary, name))[:MAX_METRICS]:
-            values = _lookup(self.scores, name).where(~zero, 0.0)
-            known = values.notna()
-            found[name] = asdict(stats.interval(values[known], self.frame.loc[known, "cluster"]))
-        return found
 
     def _pass_at_k(self) -> dict[str, dict[str, Any]]:
         """By k, where tasks have several samples and the primary metric is right or wrong."""
@@ -524,14 +532,14 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; unicode-bidi
 {% if not r.finished %}<div class="warn">No finished rows yet: there is nothing to report.</div>
 {% elif r.missing %}<div class="warn"><b>Incomplete.</b> {{ r.finished|number }} of {{ r.expected|number }} rows are finished. Largest tasks run first, so what is missing is not a random part: do not quote this score.</div>{% endif %}
 {% if r.duplicated %}<div class="warn"><b>{{ r.duplicated|number }} rows stand in results/ twice.</b> Every number below is off.</div>{% endif %}
-{% if r.infra %}<div class="warn"><b>{{ r.infra|number }} of {{ r.finished|number }} rows failed through infrastructure</b>, not through the model. They count as 0 in the score; without them it is {{ s.score_without_infra.mean|score }}.</div>{% endif %}
+{% if r.infra or r.tool %}<div class="warn"><b>{{ r.infra|number }} of {{ r.finished|number }} rows failed through infrastructure and {{ r.tool|number }} through a tool that broke</b>, not through the model. They count as 0 in the score; without them it is {{ s.score_without_faults.mean|score }}.</div>{% endif %}
 {% if r.unscored %}<div class="warn"><b>{{ r.unscored|number }} rows could not be scored</b> because a scorer failed. They count as 0; their generations are kept and can be scored again.</div>{% endif %}
 {% if r.rejected %}<div class="warn"><b>{{ r.rejected|number }} data rows were rejected</b> and not run; see rejects/.</div>{% endif %}
 
 <p class="soft" style="margin-top:1.2rem">{{ s.primary|cut(80) }}</p>
 <div class="big">{{ s.score.mean|score }}</div>
 <p>95 % interval {{ range(s.score) }} · {{ r.finished|number }} rows, {{ r.tasks|number }} tasks{% if s.score.clusters != s.score.n %}, {{ s.score.clusters|number }} independent clusters{% endif %} <span class="soft">· {{ s.score.method }}</span></p>
-<p class="soft">{{ r.failed|number }} failed rows count as 0.{% if r.failed %} Without the {{ r.infra|number }} that infrastructure failed: {{ s.score_without_infra.mean|score }} ({{ range(s.score_without_infra) }}).{% endif %}</p>
+<p class="soft">{{ r.failed|number }} failed rows count as 0.{% if r.failed %} Without the {{ (r.infra + r.tool)|number }} that infrastructure or a tool failed: {{ s.score_without_faults.mean|score }} ({{ range(s.score_without_faults) }}).{% endif %}</p>
 
 <h2>Scores</h2>
 {{ intervals("metric", s.metrics.items()|list) }}

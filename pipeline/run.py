@@ -35,7 +35,7 @@ from pipeline.footprint import Forecaster, order
 from pipeline.journal import Progress
 from pipeline.lock import locked
 from pipeline.preflight import Prepared, identity, limits_of
-from pipeline.report import summarize, write_report
+from pipeline.report import write_report
 from pipeline.resume import attempts_so_far, clear_journal, failed_rows, reconcile, reopen, write_checkpoint
 from pipeline.tables import (
     ATTEMPTS,
@@ -87,12 +87,21 @@ def execute(prepared: Prepared, screen: Screen, retry: Collection[str] | None = 
         left = missing(prepared, done)
         if not left and info.get("finished_at"):
             screen.line("run", f"already complete: {total:,} rows in {out}; nothing to do")
-            return json.loads(read_bytes(f"{out}/summary.json") or b"{}") or summarize(out)
+            return summary_of(out)
         if left:
             learned = forecaster(prepared)
             write_manifest(prepared, learned)
             roll_out(prepared, learned, info, screen)
         return finish(prepared, info)
+
+
+def summary_of(out: str) -> dict[str, Any]:
+    """summary.json of a finished run; written again where it is missing or damaged."""
+    try:
+        found = json.loads(read_bytes(f"{out}/summary.json") or b"")
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) and found else write_report(out)
 
 
 def check_folder(out: str, suite: Path) -> None:
@@ -438,15 +447,25 @@ def run_info(folder: str) -> dict[str, Any]:
         info = json.loads(found)
     except ValueError as e:
         raise InputError(f"not JSON: {e}", file=f"{folder}/run.json") from e
-    if not isinstance(info, dict) or not {"identity", "config", "suite"} <= info.keys():
+    if not isinstance(info, dict) or not all(
+        isinstance(info.get(name), dict) for name in ("identity", "config", "suite")
+    ):
         raise InputError("not what a run writes", file=f"{folder}/run.json")
     return info
 
 
-def existing(folder: str) -> str:
-    """The run folder, if it is one."""
+@contextmanager
+def opened(folder: str) -> Generator[None]:
+    """Work on a run folder whose tables may be damaged, and which may not be ours to write.
+
+    Raises:
+        InputError: it is no run folder, or a file in it cannot be read or written.
+    """
     run_info(folder)
-    return folder
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as e:
+        raise InputError(str(e), file=folder, wants="tables that can be read, in a folder that can be written") from e
 
 
 def versions() -> dict[str, str]:

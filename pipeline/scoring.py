@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
+from modulefinder import ModuleFinder
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -36,7 +37,8 @@ class Scorer:
     Attributes:
         spec: as the suite names it.
         function: (trajectory, gold) → {metric: value}; may raise anything.
-        version: digest of name and source; a change means that old and new scores are not comparable.
+        version: digest of name and source, also of what it imports from the suite's folder; a change means that old
+            and new scores are not comparable.
         builtin: one of BUILTIN, which need gold.
     """
 
@@ -182,8 +184,20 @@ def load_scorer(spec: str, base: str | Path) -> Scorer:
         raise InputError("not callable", field="scorers", got=spec, wants="(trajectory, gold) -> {metric: number}")
     owner: Any = function if inspect.isroutine(function) else type(function)
     file = inspect.getsourcefile(owner)
-    source = Path(file).read_text(encoding="utf-8") if file else spec
+    files = ([Path(file).resolve()] if file else []) + _modules(spec.partition(":")[0], Path(base))
+    source = "".join(path.read_bytes().decode("utf-8", "replace") for path in dict.fromkeys(files)) or spec
     return Scorer(spec, function, _digest(spec, source), builtin=False)
+
+
+def _modules(name: str, base: Path) -> list[Path]:
+    """Files of a module and of all that it imports, at its top or later, where they are in the folder `base`."""
+    finder = ModuleFinder([str(base.resolve())])
+    try:
+        finder.import_hook(name)
+    except ImportError:  # an installed one
+        return []
+    files = (getattr(module, "__file__", None) for module in finder.modules.values())
+    return sorted(Path(file).resolve() for file in files if file)
 
 
 def load_scorers(specs: Sequence[str], base: str | Path) -> tuple[Scorer, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow.dataset as ds
@@ -24,14 +25,12 @@ def tell(screen: Screen, out: str, summary: dict[str, Any]) -> None:
         screen.trajectory(row)
     rows, score = summary["rows"], summary["score"]
     if score["mean"] is not None:
-        span = "" if score["low"] is None else f" [{score['low']:.3f}, {score['high']:.3f}]"
-        screen.line("score", f"{summary['primary']} {score['mean']:.3f}{span} (95 % {score['method']}, n={score['n']})")
+        screen.line("score", f"{summary['primary']} {measured(score)}")
     if (text := expectation(out)) is not None:
         screen.line("expect", text)
     for name, metric in summary["metrics"].items():
         if name != summary["primary"] and metric["mean"] is not None:
-            span = "" if metric["low"] is None else f" [{metric['low']:.3f}, {metric['high']:.3f}]"
-            screen.line("", f"{name} {metric['mean']:.3f}{span}")
+            screen.line("", f"{name} {measured(metric)}")
     ended = ", ".join(f"{reason} {count:,}" for reason, count in summary["stop_reasons"].items())
     screen.line(
         "rows", f"{rows['finished']:,} of {rows['expected'] or 0:,}, {rows['failed']:,} failed; ended by: {ended}"
@@ -49,6 +48,12 @@ def tell(screen: Screen, out: str, summary: dict[str, Any]) -> None:
         )
     screen.line("tables", f"{out}/results/*.parquet   (pandas.read_parquet reads the folder)")
     screen.line("report", f"{out}/report.html")
+
+
+def measured(score: Mapping[str, Any]) -> str:
+    """A mean that is there, as `stats.Interval` has it: with its interval, the method and the number of rows."""
+    span = "" if score["low"] is None else f" [{score['low']:.3f}, {score['high']:.3f}]"
+    return f"{score['mean']:.3f}{span} (95 % {score['method']}, n={score['n']:,})"
 
 
 def _speed(screen: Screen, summary: dict[str, Any]) -> None:

@@ -126,6 +126,17 @@ def test_the_suites_own_folder_is_refused(tmp_path):
         module.check_folder(f"{tmp_path}/x/..", tmp_path)
 
 
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", "\udcff"])
+def test_a_summary_that_is_lost_or_damaged_is_written_again(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(module, "write_report", lambda out: {"written": out})
+    (tmp_path / "summary.json").write_text('{"rows": 3}')
+    assert module.summary_of(str(tmp_path)) == {"rows": 3}
+    (tmp_path / "summary.json").unlink()
+    if content is not None:
+        (tmp_path / "summary.json").write_text(content, errors="surrogateescape")
+    assert module.summary_of(str(tmp_path)) == {"written": str(tmp_path)}
+
+
 def test_rows_of_another_run_are_not_taken_for_ones_own(tmp_path):
     with pytest.raises(RunConflict, match="1 rows are not of this run, as 'x/0'"):
         module.missing(run_of_three(tmp_path), {"a/0", "b/0", "x/0"})

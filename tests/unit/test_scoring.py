@@ -230,6 +230,30 @@ def test_versions_tell_scorers_apart_and_are_stable():
     assert version_of(loaded).startswith("exact_match@")
 
 
+def test_what_a_scorer_imports_is_part_of_its_version(tmp_path: Path):
+    (tmp_path / "berth_judge").mkdir()
+    files = {
+        "berth_judge/__init__.py": "",
+        "berth_judge/cite.py": "from .words import WORDS\ndef cite(*_):\n    import berth_late\n    return {'m': 1.0}\n",
+        "berth_judge/words.py": "WORDS = 1\n",
+        "berth_late.py": "LATE = 1\n",
+        "other.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+
+    def version() -> str:
+        return load_scorer("berth_judge.cite:cite", tmp_path).version
+
+    first = version()
+    (tmp_path / "other.py").write_text("x = 1\n")
+    assert version() == first
+    for name in ("berth_judge/words.py", "berth_late.py", "berth_judge/__init__.py", "berth_judge/cite.py"):
+        before = version()
+        (tmp_path / name).write_text(files[name] + "# changed\n")
+        assert version() != before
+
+
 def test_a_scorer_that_hangs_leaves_an_error_and_is_given_up_after_some_calls(monkeypatch):
     monkeypatch.setattr(scoring, "SCORER_S", 0.05)
     monkeypatch.setattr(scoring, "MAX_HUNG", 2)
