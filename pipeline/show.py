@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.dataset as ds
 from rich.text import Text
 
-from pipeline.config import RunConfig
+from pipeline.config import AgentConfig, RunConfig
 from pipeline.console import Screen, clean, duration
 from pipeline.preflight import Prepared, transcript
 from pipeline.tables import RESULTS, TASKS, read_bytes, read_table
@@ -84,11 +84,37 @@ def example(out: str) -> dict[str, Any] | None:
 
 
 def expectation(out: str) -> str | None:
-    """What the suite says of this model, where it says something."""
+    """What the suite says of this model; None where it says nothing, or the run is not of the kind it was measured in:
+    the whole suite, greedy, in the default format."""
     info = json.loads(read_bytes(f"{out}/run.json") or b"{}")
-    model = info.get("config", {}).get("model", {}).get("id")
-    found = info.get("suite", {}).get("expect", {}).get(model)
-    return None if found is None else f"{found[0]:.2f} to {found[1]:.2f} was measured for {model} on this suite before"
+    config = info.get("config", {})
+    model = config.get("model", {})
+    found = info.get("suite", {}).get("expect", {}).get(model.get("id"))
+    changed = [
+        config.get("limit"),
+        config.get("data"),
+        model.get("adapter"),
+        config.get("sampling", {}).get("temperature"),
+    ]
+    if found is None or any(changed) or config.get("agent", {}).get("format") != AgentConfig().format:
+        return None
+    return f"{found[0]:.2f} to {found[1]:.2f} was measured for {model['id']} on this suite before"
+
+
+def facts(prepared: Prepared) -> dict[str, Any]:
+    """What `validate --json` says of a run that can be run."""
+    return {
+        "suite": prepared.suite.config.name,
+        "suite_version": prepared.suite.config.version,
+        "rows": len(prepared.rows.tasks),
+        "rejected": len(prepared.rows.rejects),
+        "tools": [tool.name for tool in prepared.tools],
+        "primary": prepared.suite.primary,
+        "model": prepared.config.model.id,
+        "model_revision": prepared.model_revision,
+        "context_tokens": prepared.model_len,
+        "longest_prompt_tokens": max(prepared.prompt_tokens.values()),
+    }
 
 
 def show_prompts(screen: Screen, prepared: Prepared, count: int) -> None:

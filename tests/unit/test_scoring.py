@@ -234,7 +234,7 @@ def test_what_a_scorer_imports_is_part_of_its_version(tmp_path: Path):
     (tmp_path / "berth_judge").mkdir()
     files = {
         "berth_judge/__init__.py": "",
-        "berth_judge/cite.py": "from .words import WORDS\ndef cite(*_):\n    import berth_late\n    return {'m': 1.0}\n",
+        "berth_judge/cite.py": "from .words import WORDS\ndef cite(*_):\n    import berth_late\n    return {'m': 1}\n",
         "berth_judge/words.py": "WORDS = 1\n",
         "berth_late.py": "LATE = 1\n",
         "other.py": "",
