@@ -601,9 +601,7 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; unicode-bidi
 <tr><td class="soft" colspan="8">failed before a replica answered</td><td class="n">{{ n.rows|number }}</td></tr>
 {% endif %}
 {% endfor %}</table></div>
-{% if run.repeat is mapping and run.repeat.rows %}
-<p>Repeat: {{ run.repeat.flipped|number }} of {{ run.repeat.rows|number }} repeated rows changed their score ({{ "%.1f %%"|format(100 * run.repeat.flipped / run.repeat.rows) }}).</p>
-{% elif s.numerics|selectattr("reproducible", "equalto", false)|list %}
+{% if s.numerics|selectattr("reproducible", "equalto", false)|list %}
 <p class="soft">Rows marked “no” can change with batch and placement; how many do was not measured in this run.</p>
 {% endif %}
 {% if s.placement|length > 1 %}
