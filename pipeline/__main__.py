@@ -156,7 +156,8 @@ def report(folder: Folder, as_json: Json = False) -> None:
         from pipeline.run import opened
 
         with opened(folder):
-            _tell(screen, folder, write_report(folder), as_json)
+            summary = write_report(folder)
+        _tell(screen, folder, summary, as_json)
 
 
 @app.command(epilog="Example: berth score runs/hotpotqa --scorer f1 --scorer my_scorer:cite")

@@ -76,6 +76,7 @@ def execute(prepared: Prepared, screen: Screen, retry: Collection[str] | None = 
     check_folder(out, prepared.suite.folder)
     with locked(out, stop_on_loss(screen), lambda said: screen.line("lock", said)):
         info = open_folder(prepared)
+        left = missing(prepared, reconcile(out, lambda said: screen.line("damaged", said)))
         if retry is not None:
             again = failed_rows(out, retry)
             screen.line("retry", f"{len(again):,} failed rows are done again")
@@ -83,8 +84,7 @@ def execute(prepared: Prepared, screen: Screen, retry: Collection[str] | None = 
                 info |= {"finished_at": None}
                 write_json(info, f"{out}/run.json")
                 reopen(out, again)
-        done = reconcile(out, lambda said: screen.line("damaged", said))
-        left = missing(prepared, done)
+                left += len(again)
         if not left and info.get("finished_at"):
             screen.line("run", f"already complete: {total:,} rows in {out}; nothing to do")
             return summary_of(out)
@@ -134,7 +134,7 @@ def missing(prepared: Prepared, done: Collection[str]) -> int:
     mine = set(prepared.rows.tasks.table["row_id"].to_pylist())
     if foreign := set(done) - mine:
         raise RunConflict(
-            f"{len(foreign):,} rows are not of this run, as {min(foreign)!r}",
+            f"{len(foreign):,} rows are not of this run, as {min(map(str, foreign))!r}",
             file=f"{prepared.config.out}/results",
             wants="another folder with --out",
         )

@@ -5,6 +5,7 @@ Knows nothing of storage, Ray or models. Scoring needs no GPU and may be repeate
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import math
@@ -13,8 +14,9 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from modulefinder import ModuleFinder
+from importlib.util import resolve_name
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -191,13 +193,30 @@ def load_scorer(spec: str, base: str | Path) -> Scorer:
 
 def _modules(name: str, base: Path) -> list[Path]:
     """Files of a module and of all that it imports, at its top or later, where they are in the folder `base`."""
-    finder = ModuleFinder([str(base.resolve())])
-    try:
-        finder.import_hook(name)
-    except ImportError:  # an installed one
-        return []
-    files = (getattr(module, "__file__", None) for module in finder.modules.values())
-    return sorted(Path(file).resolve() for file in files if file)
+    files: set[Path] = set()
+    seen: set[str] = set()
+    left = [name]
+    while left:
+        name = left.pop()
+        package = name.rpartition(".")[0]
+        if not name or name in seen:
+            continue
+        seen.add(name)
+        left.append(package)
+        place = base.joinpath(*name.split("."))
+        file = next((file for file in (place / "__init__.py", place.with_suffix(".py")) if file.is_file()), None)
+        if file is None:  # not this folder's, or an attribute of a module
+            continue
+        files.add(file.resolve())
+        package = name if file.name == "__init__.py" else package
+        with suppress(ImportError, SyntaxError):  # of what is imported late, if ever
+            for node in ast.walk(ast.parse(file.read_bytes())):
+                if isinstance(node, ast.Import):
+                    left += [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    start = resolve_name("." * node.level + (node.module or ""), package)
+                    left += [start, *(f"{start}.{alias.name}" for alias in node.names)]
+    return sorted(files)
 
 
 def load_scorers(specs: Sequence[str], base: str | Path) -> tuple[Scorer, ...]:

@@ -98,6 +98,20 @@ def test_only_what_is_missing_is_rolled_out(tmp_path, monkeypatch):
     assert rolled
 
 
+def test_a_damaged_part_does_not_keep_failed_rows_from_being_done_again(tmp_path, monkeypatch):
+    prepared, rolled = run_of_three(tmp_path), []
+    (tmp_path / "out" / "results").mkdir(parents=True)
+    (tmp_path / "out" / "results" / "p.parquet").write_bytes(b"cut short")
+    (tmp_path / "out" / "run.json").write_text(json.dumps({"identity": {}, "config": {}, "suite": {}}))
+    monkeypatch.setattr(module, "identity", lambda _: {})
+    monkeypatch.setattr(module, "forecaster", lambda _: None)
+    monkeypatch.setattr(module, "write_manifest", lambda *_: None)
+    monkeypatch.setattr(module, "roll_out", lambda *_: rolled.append(1))
+    with pytest.raises(Incomplete, match="0 of 3 rows"):
+        module.execute(prepared, SimpleNamespace(line=lambda *_: None), retry=())
+    assert rolled
+
+
 def test_all_rows_without_a_summary_only_need_the_report(tmp_path, monkeypatch):
     prepared = run_of_three(tmp_path)
     monkeypatch.setattr(module, "open_folder", lambda prepared: {"identity": {}, "config": {}, "suite": {}})

@@ -234,13 +234,14 @@ def test_what_a_scorer_imports_is_part_of_its_version(tmp_path: Path):
     (tmp_path / "berth_judge").mkdir()
     files = {
         "berth_judge/__init__.py": "",
-        "berth_judge/cite.py": "from .words import WORDS\ndef cite(*_):\n    import berth_late\n    return {'m': 1}\n",
+        "berth_judge/cite.py": "import json\nfrom .words import WORDS\ndef cite(*_):\n    import berth_late as l\n",
         "berth_judge/words.py": "WORDS = 1\n",
         "berth_late.py": "LATE = 1\n",
         "other.py": "",
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "json").mkdir()  # a folder that is no module, though one that is imported has its name
 
     def version() -> str:
         return load_scorer("berth_judge.cite:cite", tmp_path).version
