@@ -15,7 +15,7 @@
     ├── NotHome               a call reached another replica than its lease's home: ask for a new one
     └── ToolError             a tool's failure: an observation for the model
         ├── ToolTimeout       ran past its limit
-        └── ToolCrash         a bug in the tool or its process: recorded as infrastructure
+        └── ToolCrash         a bug in the tool or its process: the row fails, by no fault of the model
 
 Knows nothing of the rest of the project.
 """

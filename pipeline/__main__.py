@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from actors.errors import Incomplete, InputError
+from pipeline import __version__
 from pipeline.config import RunConfig, load_run
 from pipeline.console import Screen
 
@@ -30,7 +31,6 @@ EPILOG = """Examples:
 
 app = typer.Typer(
     name="berth",
-    help="Evaluate language models as ReAct agents: tasks in, Parquet tables out.",
     epilog=EPILOG.replace("\n\n    ", "\n\n"),
     no_args_is_help=True,
     add_completion=False,
@@ -42,10 +42,25 @@ app.add_typer(init_app, name="init")
 
 Config = Annotated[Path, typer.Argument(help="Run config, a YAML file.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a field: --set model.dtype=float16.")]
-Limit = Annotated[int | None, typer.Option(help="First N tasks only.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="First N tasks only.")]
 Out = Annotated[str | None, typer.Option(help="Another run folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Summary as JSON on stdout; the story goes to stderr.")]
 Folder = Annotated[str, typer.Argument(help="Run folder.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"berth {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def berth(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Evaluate language models as ReAct agents: tasks in, Parquet tables out."""
 
 
 @contextmanager
@@ -61,7 +76,7 @@ def spoken(screen: Screen) -> Generator[None]:
         raise typer.Exit(3) from e
 
 
-@app.command()
+@app.command(epilog="Example: berth run configs/hotpotqa.yaml --set data=dev.jsonl --retry-failed=infra,tool")
 def run(
     config: Config,
     sets: Sets = None,
@@ -89,7 +104,7 @@ def run(
         _tell(screen, prepared.config.out, summary, as_json)
 
 
-@app.command()
+@app.command(epilog="Example: berth validate configs/gsm8k.yaml --show 1 --call-tools")
 def validate(
     config: Config,
     sets: Sets = None,
@@ -97,17 +112,20 @@ def validate(
     out: Out = None,
     show: Annotated[int, typer.Option(help="Print the rendered prompt of the first N tasks.")] = 0,
     call_tools: Annotated[bool, typer.Option("--call-tools", help="Call each tool once.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check config, suite, rows, tools, scorers, prompt and model; takes no GPU and loads no weights."""
-    screen = Screen()
+    screen = Screen(quiet_stdout=as_json)
     with spoken(screen):
-        from pipeline.show import call_each_tool, show_prompts
+        from pipeline.show import call_each_tool, facts, show_prompts
 
         prepared = _prepare(screen, load_run(config, sets or (), limit=limit, out=out))
         show_prompts(screen, prepared, show)
         if call_tools:
             call_each_tool(screen, prepared)
         screen.line("valid", f"{len(prepared.rows.tasks):,} rows can be run")
+        if as_json:
+            sys.stdout.write(json.dumps(facts(prepared), indent=2) + "\n")
 
 
 @app.command(epilog="Example: berth plan configs/hotpotqa.yaml --set model.id=Qwen/Qwen3-8B --set data=dev.jsonl")
@@ -129,18 +147,20 @@ def plan(config: Config, sets: Sets = None, limit: Limit = None, as_json: Json =
             sys.stdout.write(json.dumps(to_json(found), indent=2, ensure_ascii=False) + "\n")
 
 
-@app.command()
+@app.command(epilog="Example: berth report runs/hotpotqa --json > summary.json")
 def report(folder: Folder, as_json: Json = False) -> None:
     """Write summary.json and report.html of a run again, finished or not."""
     screen = Screen(quiet_stdout=as_json)
     with spoken(screen):
         from pipeline.report import write_report
-        from pipeline.run import existing
+        from pipeline.run import opened
 
-        _tell(screen, existing(folder), write_report(existing(folder)), as_json)
+        with opened(folder):
+            summary = write_report(folder)
+        _tell(screen, folder, summary, as_json)
 
 
-@app.command()
+@app.command(epilog="Example: berth score runs/hotpotqa --scorer f1 --scorer my_scorer:cite")
 def score(
     folder: Folder,
     scorer: Annotated[list[str], typer.Option(help="exact_match, f1, numeric_match or module:callable.")],
@@ -150,9 +170,10 @@ def score(
     screen = Screen(quiet_stdout=as_json)
     with spoken(screen):
         from pipeline.rescore import rescore
-        from pipeline.run import existing
+        from pipeline.run import opened
 
-        found = rescore(existing(folder), scorer)
+        with opened(folder):
+            found = rescore(folder, scorer)
         if as_json:
             sys.stdout.write(json.dumps(found, indent=2) + "\n")
         for name, text in found["shown"].items():
@@ -160,7 +181,7 @@ def score(
         screen.line("scores", found["path"])
 
 
-@init_app.command("suite")
+@init_app.command("suite", epilog="Example: berth init suite acme --data questions.csv")
 def init_suite(
     name: Annotated[str, typer.Argument(help="Name of the suite; also its folder.")],
     data: Annotated[Path, typer.Option(help=".jsonl, .parquet or .csv with your questions and answers.")],

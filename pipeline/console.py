@@ -8,23 +8,27 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 PLAIN_EVERY_S = 10.0
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def _console(file: IO[str]) -> Console:
+    return Console(file=file, soft_wrap=True, highlight=False, emoji=False)
 
 
 class Screen:
     """Where the run's story is told. With `quiet_stdout`, on stderr, so that stdout holds JSON alone."""
 
     def __init__(self, quiet_stdout: bool = False):
-        self.console = Console(file=sys.stderr if quiet_stdout else sys.stdout, soft_wrap=True, highlight=False)
+        self.console = _console(sys.stderr if quiet_stdout else sys.stdout)
 
     def line(self, topic: str, text: str) -> None:
         """One line of the story: a topic and what happened."""
@@ -32,7 +36,7 @@ class Screen:
 
     def error(self, text: str) -> None:
         """What is wrong, for the person who can mend it."""
-        Console(file=sys.stderr, soft_wrap=True, highlight=False).print(f"[bold red]error[/] {escape(clean(text))}")
+        _console(sys.stderr).print(f"[bold red]error[/] {escape(clean(text))}")
 
     @contextmanager
     def progress(self, total: int) -> Generator[Any]:
@@ -89,7 +93,7 @@ def _short(text: str, most: int = 400) -> str:
 
 
 def clean(text: str) -> str:
-    """`text` without the control characters that steer a terminal: it may be a model's or a tool's."""
+    """`text` without characters that steer a terminal or reorder what is read: it may be a model's or a tool's."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
@@ -105,9 +109,3 @@ def eta(done: int, before: int, total: int, elapsed_s: float) -> str:
     """Time left at the pace of this session, `before` rows being done when it started."""
     fresh = done - before
     return "ETA ?" if fresh <= 0 else f"ETA {duration((total - done) * elapsed_s / fresh)}"
-
-
-def table(rows: Sequence[tuple[str, str]]) -> str:
-    """Two aligned columns."""
-    width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

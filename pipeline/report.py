@@ -50,8 +50,9 @@ _TIMES = ["queue_s", "prefill_s", "decode_s", "tool_s"]
 def summarize(run_dir: str | Path) -> dict[str, Any]:
     """What a run says, as plain JSON data. Pure over the run's tables and run.json.
 
-    Failed and unscored rows count as 0 in every score. `score_without_infra` leaves out rows that failed for
-    reasons that are not the model's. Rows of one `cluster_by` value, or samples of one task, are one cluster.
+    Failed and unscored rows count as 0 in every score. `score_without_faults` leaves out rows that failed for
+    reasons that are not the model's: infrastructure, or a tool that broke. Rows of one `cluster_by` value, or samples
+    of one task, are one cluster.
 
     Args:
         run_dir: run folder, local, s3:// or gs://. Tables or run.json may be missing.
@@ -80,13 +81,21 @@ def write_report(run_dir: str | Path) -> dict[str, Any]:
     return summary
 
 
-def compare(run_a: str | Path, run_b: str | Path) -> dict[str, Any]:
-    """Two runs on the row_ids they share, b − a: `stats.Comparison` as data, with how many rows were not shared."""
-    a, b = _Run(run_a), _Run(run_b)
-    both = a.frame.merge(b.frame, on="row_id", suffixes=("_a", "_b"))
-    found = stats.paired(both["primary_a"], both["primary_b"], both["cluster_a"])
-    alone = {"rows_only_in_a": len(a.frame) - len(both), "rows_only_in_b": len(b.frame) - len(both)}
-    return {"metric_a": a.primary, "metric_b": b.primary, **asdict(found), **alone}
+def metrics(scores: pa.ChunkedArray, lost: Frame, clusters: Frame, primary: str) -> dict[str, dict[str, Any]]:
+    """Mean and interval of every metric, the primary first; `n` says of how many rows.
+
+    Args:
+        scores: metric → value, a row each.
+        lost: whether the row failed or was not scored: without a metric it counts as 0, other rows are left out.
+        clusters: rows that are not independent have the same.
+    """
+    keys = pa.chunked_array([chunk.keys for chunk in scores.chunks], pa.string())
+    found: dict[str, dict[str, Any]] = {}
+    for name in sorted(keys.unique().to_pylist(), key=lambda name: (name != primary, name))[:MAX_METRICS]:
+        values = _lookup(scores, name)
+        known = lost | values.notna()
+        found[name] = asdict(stats.interval(values[known].fillna(0.0), clusters[known]))
+    return found
 
 
 class _Run:
@@ -108,7 +117,7 @@ class _Run:
         del table
         frame["tp"] = frame["tp"].astype("Int64")
         frame["failed"] = frame["status"] == "failed"
-        frame["infra"] = frame["failed"] & (frame["error_type"] == "infra")
+        frame["fault"] = frame["failed"] & frame["error_type"].isin(["infra", "tool"])
         frame["unscored"] = frame["score"].isna() & ~frame["failed"]
         frame["primary"] = frame["score"].fillna(0.0).where(~frame["failed"], 0.0)
         by = self.suite.get("cluster_by")
@@ -128,7 +137,8 @@ class _Run:
             "tasks": int(frame["task_id"].nunique()),
             "ok": int((~frame["failed"]).sum()),
             "failed": int(frame["failed"].sum()),
-            "infra": int(frame["infra"].sum()),
+            "infra": int((frame["failed"] & (frame["error_type"] == "infra")).sum()),
+            "tool": int((frame["failed"] & (frame["error_type"] == "tool")).sum()),
             "unscored": int(frame["unscored"].sum()),
             "forced_finish": int(frame["forced_finish"].sum()),
             "retried": int((frame["attempts"] > 1).sum()),
@@ -142,8 +152,8 @@ class _Run:
             "rows": rows,
             "primary": self.primary,
             "score": self._interval(frame),
-            "score_without_infra": self._interval(frame[~frame["infra"]]),
-            "metrics": self._metrics(),
+            "score_without_faults": self._interval(frame[~frame["fault"]]),
+            "metrics": metrics(self.scores, frame["failed"] | frame["unscored"], frame["cluster"], self.primary),
             "pass_at_k": self._pass_at_k(),
             "groups": self._groups(),
             "stop_reasons": _counts(frame["stop_reason"]),
@@ -163,17 +173,6 @@ class _Run:
 
     def _interval(self, frame: Frame) -> dict[str, Any]:
         return asdict(stats.interval(frame["primary"], frame["cluster"]))
-
-    def _metrics(self) -> dict[str, dict[str, Any]]:
-        """Every metric; a row without it counts as 0 if it failed or was not scored, else it is left out."""
-        keys = pa.chunked_array([chunk.keys for chunk in self.scores.chunks], pa.string())
-        zero = self.frame["failed"] | self.frame["unscored"]
-        found: dict[str, dict[str, Any]] = {}
-        for name in sorted(keys.unique().to_pylist(), key=lambda name: (name != self.primary, name))[:MAX_METRICS]:
-            values = _lookup(self.scores, name).where(~zero, 0.0)
-            known = values.notna()
-            found[name] = asdict(stats.interval(values[known], self.frame.loc[known, "cluster"]))
-        return found
 
     def _pass_at_k(self) -> dict[str, dict[str, Any]]:
         """By k, where tasks have several samples and the primary metric is right or wrong."""
@@ -441,211 +440,4 @@ def _environment() -> jinja2.Environment:
     return env
 
 
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ s.suite or "run" }} · {{ s.primary }} {{ s.score.mean|score }}</title>
-<style>
-:root { color-scheme: light dark; --ink: #1d2126; --soft: #5d6670; --line: #d9dde2; --card: #f5f7f9; --page: #fff;
-  --blue: #2f6fc9; --good: #1a7f4b; --bad: #b3261e; --warn: #fff3d6; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e7ea; --soft: #9aa4ae; --line: #3a4149; --card: #22272d;
-  --page: #181b1f; --blue: #6ea4ec; --good: #5cc48d; --bad: #f2857d; --warn: #463a17; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 64rem;
-  margin: 0 auto; padding: 1.5rem; }
-h1 { font-size: 1.6rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
-p { margin: .4rem 0; max-width: 48rem; } .soft, .note { color: var(--soft); } .note { font-style: italic; }
-.big { font-size: 2.4rem; font-weight: 650; line-height: 1.2; } .good { color: var(--good); } .bad { color: var(--bad); }
-.warn { background: var(--warn); border-radius: 6px; padding: .5rem .8rem; margin: .5rem 0; }
-.row { display: flex; flex-wrap: wrap; gap: 0 2.5rem; }
-table { border-collapse: collapse; margin: .4rem 0; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .2rem 1.1rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
-  overflow-wrap: anywhere; }
-th { font-weight: 600; color: var(--soft); font-size: .85rem; overflow-wrap: normal; } .n { text-align: right; white-space: nowrap; }
-td.text { min-width: 7rem; max-width: 32rem; } .r { white-space: nowrap; } .scroll { overflow-x: auto; }
-.bar { width: 12rem; height: 1rem; vertical-align: middle; } .bar .track { stroke: var(--line); stroke-width: 1; }
-.bar .ci { stroke: var(--blue); stroke-width: 5; opacity: .45; } .bar .dot { fill: var(--blue); }
-.split { display: flex; height: 1.4rem; max-width: 48rem; border-radius: 4px; overflow: hidden; margin: .5rem 0; }
-.c0 { background: #8a94a0; } .c1 { background: #d9822b; } .c2 { background: #2f6fc9; } .c3 { background: #2c9a67; }
-.key { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .4rem; }
-.chart svg { max-width: 100%; height: auto; } .chart text { fill: currentColor; }
-details { border: 1px solid var(--line); border-radius: 6px; margin: .5rem 0; padding: .4rem .8rem; }
-summary { cursor: pointer; overflow-wrap: anywhere; } .tag { font-weight: 650; }
-pre { background: var(--card); border-radius: 4px; padding: .5rem .7rem; margin: .3rem 0; white-space: pre-wrap;
-  overflow-wrap: anywhere; unicode-bidi: plaintext; font: 13px/1.45 ui-monospace, monospace; max-height: 24rem; overflow-y: auto; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: .4rem 0; }
-dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; unicode-bidi: plaintext; }
-.step { border-left: 3px solid var(--line); padding-left: .8rem; margin: .7rem 0; }
-</style>
-</head>
-<body>
-{% macro range(i) -%}
-{% if i.low is none %}<span class="soft">{{ i.method }}</span>{% else %}{{ i.low|score }} to {{ i.high|score }}{% endif %}
-{%- endmacro %}
-{% macro bar(i, low, high) %}
-{% if i.mean is not none and high > low %}
-{% set width = high - low %}
-<svg class="bar" viewBox="0 0 200 16" preserveAspectRatio="none" aria-hidden="true">
-<line class="track" x1="0" x2="200" y1="8" y2="8"/>
-{% if i.low is not none %}
-<line class="ci" x1="{{ '%.1f'|format(200 * (i.low - low) / width) }}" x2="{{ '%.1f'|format(200 * (i.high - low) / width) }}" y1="8" y2="8"/>
-{% endif %}
-<circle class="dot" cx="{{ '%.1f'|format(3 + 194 * (i.mean - low) / width) }}" cy="8" r="3.5"/></svg>
-{% endif %}
-{% endmacro %}
-{% macro intervals(head, items) %}
-{% set lows = items|map(attribute=1)|map(attribute="low")|reject("none")|list + items|map(attribute=1)|map(attribute="mean")|reject("none")|list %}
-{% set highs = items|map(attribute=1)|map(attribute="high")|reject("none")|list + items|map(attribute=1)|map(attribute="mean")|reject("none")|list %}
-{% set low = [0, (lows or [0])|min]|min %}{% set high = [1, (highs or [1])|max]|max %}
-<div class="scroll"><table>
-<tr><th>{{ head }}</th><th class="n">mean</th><th>95 % interval</th><th>{{ low|number }} to {{ high|number }}</th><th class="n">rows</th><th class="n">clusters</th><th>method</th></tr>
-{% for name, i in items %}
-<tr><td class="text">{{ name|cut(120) }}</td><td class="n">{{ i.mean|score }}</td><td class="r">{{ range(i) }}</td><td>{{ bar(i, low, high) }}</td><td class="n">{{ i.n|number }}</td><td class="n">{{ i.clusters|number }}</td><td class="soft">{{ i.method }}</td></tr>
-{% endfor %}
-</table></div>
-{% endmacro %}
-{% macro counts(head, items, total) %}
-<table>
-<tr><th>{{ head }}</th><th class="n">rows</th><th class="n">share</th></tr>
-{% for name, count in items.items() %}
-<tr><td class="text">{{ name|cut(300) }}</td><td class="n">{{ count|number }}</td><td class="n">{{ "%.1f %%"|format(100 * count / total) if total else "–" }}</td></tr>
-{% else %}
-<tr><td class="soft" colspan="3">none</td></tr>
-{% endfor %}
-</table>
-{% endmacro %}
-{% set r = s.rows %}
-<h1>{{ s.suite or "Unnamed suite" }}{% if s.suite_version %} <span class="soft">v{{ s.suite_version }}</span>{% endif %}</h1>
-<p class="soft">{{ model.id or "model not recorded" }}{% if model.revision %} @ {{ model.revision }}{% endif %}{% if run.commit is string %} · Berth {{ run.commit[:12] }}{{ "+" if run.commit.endswith("+") }}{% endif %}</p>
-
-{% if not r.finished %}<div class="warn">No finished rows yet: there is nothing to report.</div>
-{% elif r.missing %}<div class="warn"><b>Incomplete.</b> {{ r.finished|number }} of {{ r.expected|number }} rows are finished. Largest tasks run first, so what is missing is not a random part: do not quote this score.</div>{% endif %}
-{% if r.duplicated %}<div class="warn"><b>{{ r.duplicated|number }} rows stand in results/ twice.</b> Every number below is off.</div>{% endif %}
-{% if r.infra %}<div class="warn"><b>{{ r.infra|number }} of {{ r.finished|number }} rows failed through infrastructure</b>, not through the model. They count as 0 in the score; without them it is {{ s.score_without_infra.mean|score }}.</div>{% endif %}
-{% if r.unscored %}<div class="warn"><b>{{ r.unscored|number }} rows could not be scored</b> because a scorer failed. They count as 0; their generations are kept and can be scored again.</div>{% endif %}
-{% if r.rejected %}<div class="warn"><b>{{ r.rejected|number }} data rows were rejected</b> and not run; see rejects/.</div>{% endif %}
-
-<p class="soft" style="margin-top:1.2rem">{{ s.primary|cut(80) }}</p>
-<div class="big">{{ s.score.mean|score }}</div>
-<p>95 % interval {{ range(s.score) }} · {{ r.finished|number }} rows, {{ r.tasks|number }} tasks{% if s.score.clusters != s.score.n %}, {{ s.score.clusters|number }} independent clusters{% endif %} <span class="soft">· {{ s.score.method }}</span></p>
-<p class="soft">{{ r.failed|number }} failed rows count as 0.{% if r.failed %} Without the {{ r.infra|number }} that infrastructure failed: {{ s.score_without_infra.mean|score }} ({{ range(s.score_without_infra) }}).{% endif %}</p>
-
-<h2>Scores</h2>
-{{ intervals("metric", s.metrics.items()|list) }}
-{% if s.pass_at_k %}
-{{ intervals("pass@k", s.pass_at_k.items()|list) }}
-<p class="soft">Unbiased estimate over tasks (Chen et al. 2021).</p>
-{% endif %}
-{% for field, group in s.groups.items() %}
-<h2>{{ s.primary|cut(80) }} by {{ field|cut(80) }}</h2>
-{% set items = [] %}{% for g in group["values"] %}{% set _ = items.append((g.value or "(empty)", g)) %}{% endfor %}
-{{ intervals(field, items) }}
-{% if group.not_shown %}<p class="note">{{ group.not_shown|number }} smaller groups are not shown; see results/.</p>{% endif %}
-{% endfor %}
-
-<h2>How rows ended</h2>
-<div class="row">
-<div>{{ counts("stop reason", s.stop_reasons, r.finished) }}</div>
-<div>{{ counts("failed by", s.error_types, r.finished) }}</div>
-<dl><dt>forced to answer</dt><dd>{{ r.forced_finish|number }} rows</dd><dt>format slips</dt><dd>{{ s.parse_errors|number }}</dd><dt>tool errors shown to the model</dt><dd>{{ s.tool_errors|number }}</dd><dt>rows tried more than once</dt><dd>{{ r.retried|number }}</dd></dl>
-</div>
-{% if s.errors %}{{ counts("most frequent errors", s.errors, r.finished) }}{% endif %}
-
-<h2>Steps and tokens</h2>
-{% if charts.sizes %}<div class="chart">{{ charts.sizes }}</div>{% endif %}
-<table><tr><th>a row</th><th class="n">mean</th><th class="n">p10</th><th class="n">median</th><th class="n">p90</th><th class="n">max</th></tr>
-{% for name, d in s.distributions.items() %}
-<tr><td>{{ name|replace("num_", "")|replace("_", " ") }}</td><td class="n">{{ d.mean|number }}</td><td class="n">{{ d.p10|number }}</td><td class="n">{{ d.p50|number }}</td><td class="n">{{ d.p90|number }}</td><td class="n">{{ d.max|number }}</td></tr>
-{% endfor %}</table>
-
-<h2>Time and work</h2>
-{% set parts = [("waiting", "queue_s"), ("prefill", "prefill_s"), ("decode", "decode_s"), ("tools", "tool_s")] %}
-{% set total = s.timing.queue_s.total + s.timing.prefill_s.total + s.timing.decode_s.total + s.timing.tool_s.total %}
-{% if total %}
-<div class="split">{% for name, key in parts %}<div class="c{{ loop.index0 }}" style="width:{{ '%.2f'|format(100 * s.timing[key].total / total) }}%"></div>{% endfor %}</div>
-{% endif %}
-<table><tr><th>where a row's time goes</th><th class="n">mean</th><th class="n">p90</th><th class="n">share</th></tr>
-{% for name, key in parts %}
-<tr><td><span class="key c{{ loop.index0 }}"></span>{{ name }}</td><td class="n">{{ s.timing[key].mean|duration }}</td><td class="n">{{ s.timing[key].p90|duration }}</td><td class="n">{{ "%.1f %%"|format(100 * s.timing[key].total / total) if total else "–" }}</td></tr>
-{% endfor %}</table>
-<dl>
-<dt>prompt tokens found in the cache</dt><dd>{{ "%.1f %%"|format(100 * s.reuse.reused_fraction) if s.reuse.reused_fraction is not none else "–" }} <span class="soft">({{ s.reuse.reused_tokens|number }} reused, {{ s.reuse.prefilled_tokens|number }} prefilled)</span></dd>
-<dt>wall time</dt><dd>{{ s.throughput.wall_s|duration }}</dd>
-<dt>throughput</dt><dd>{{ s.throughput.rows_per_hour|number }} rows/h, {{ s.throughput.generated_tok_s|number }} generated tokens/s</dd>
-<dt>GPU busy</dt><dd>{{ s.timing.gpu_s.total|duration }}, {{ s.throughput.generated_tok_per_gpu_s|number }} generated tokens a busy second</dd>
-{% if s.attempts.total %}
-<dt>attempts</dt><dd>{{ s.attempts.total|number }}{% for name, count in s.attempts.outcomes.items() %} · {{ name|cut(40) }} {{ count|number }}{% endfor %}; GPU time lost {{ s.attempts.lost_gpu_s|duration }}</dd>
-{% for name, count in s.attempts.causes.items() %}<dt></dt><dd class="soft">{{ count|number }} × {{ name|cut(200) }}</dd>{% endfor %}
-{% endif %}
-</dl>
-
-<h2>Numerics</h2>
-{% set ways = s.numerics|selectattr("engine")|list|length %}
-{% if ways > 1 %}<p>Rows were computed in {{ ways }} different ways; scores may differ between them for that reason alone.</p>{% endif %}
-<div class="scroll"><table><tr><th>engine</th><th>kernel</th><th>dtype</th><th>KV</th><th>weights</th><th class="n">tp</th><th>model revision</th><th>reproducible</th><th class="n">rows</th></tr>
-{% for n in s.numerics %}
-{% if n.engine %}
-<tr>{% for key in ("engine", "kernel", "dtype", "kv_dtype", "weights_dtype") %}<td>{{ (n[key] or "–")|cut(60) }}</td>{% endfor %}<td class="n">{{ n.tp|number }}</td><td>{{ (n.model_revision or "–")[:12] }}</td><td>{{ "yes" if n.reproducible else "no" }}</td><td class="n">{{ n.rows|number }}</td></tr>
-{% else %}
-<tr><td class="soft" colspan="8">failed before a replica answered</td><td class="n">{{ n.rows|number }}</td></tr>
-{% endif %}
-{% endfor %}</table></div>
-{% if run.repeat is mapping and run.repeat.rows %}
-<p>Repeat: {{ run.repeat.flipped|number }} of {{ run.repeat.rows|number }} repeated rows changed their score ({{ "%.1f %%"|format(100 * run.repeat.flipped / run.repeat.rows) }}).</p>
-{% elif s.numerics|selectattr("reproducible", "equalto", false)|list %}
-<p class="soft">Rows marked “no” can change with batch and placement; how many do was not measured in this run.</p>
-{% endif %}
-{% if s.placement|length > 1 %}
-<table><tr><th>pool</th><th>rung</th><th class="n">rows</th></tr>{% for p in s.placement %}<tr><td>{{ (p.pool or "–")|cut(60) }}</td><td>{{ (p.rung or "–")|cut(60) }}</td><td class="n">{{ p.rows|number }}</td></tr>{% endfor %}</table>
-{% endif %}
-
-{% if s.memory %}
-<h2>KV cache: predicted and observed</h2>
-<div class="row">
-{% if charts.memory %}<div class="chart">{{ charts.memory }}</div>{% endif %}
-<div><table><tr><th>MiB a row, at peak</th><th class="n">mean</th><th class="n">median</th><th class="n">p90</th><th class="n">max</th></tr>
-{% for name, d in (("predicted", s.memory.predicted_bytes), ("observed", s.memory.observed_bytes)) %}
-<tr><td>{{ name }}</td>{% for key in ("mean", "p50", "p90", "max") %}<td class="n">{{ (d[key] / 1048576)|number }}</td>{% endfor %}</tr>
-{% endfor %}
-<tr><td>observed / predicted</td>{% for key in ("mean", "p50", "p90", "max") %}<td class="n">{{ "%.2f"|format(s.memory.observed_over_predicted[key]) }}</td>{% endfor %}</tr></table>
-<p>{{ "%.1f %%"|format(100 * s.memory.above_predicted_fraction) }} of {{ s.memory.rows|number }} rows used more than predicted.</p></div>
-</div>
-{% endif %}
-
-<h2>Examples</h2>
-<p class="soft">Drawn at random with a fixed seed, by kind; not representative in their proportions.</p>
-{% for e in examples %}
-<details><summary><span class="tag {{ 'good' if e.kind == 'right' else 'bad' }}">{{ e.kind }}</span> · {{ (e.question or e.row_id)|cut(160, "…") }} <span class="soft">{{ e.row_id|cut(80) }}</span></summary>
-<dl><dt>gold</dt><dd>{{ e.gold|join(" | ")|cut(500) }}</dd><dt>answer</dt><dd>{% if e.answer is none %}<span class="soft">none</span>{% else %}{{ e.answer|cut(500) }}{% endif %}</dd>
-<dt>scores</dt><dd>{% for name, value in e.scores %}{{ name|cut(60) }} {{ value|score }}{{ ", " if not loop.last }}{% else %}–{% endfor %}</dd>
-<dt>ended by</dt><dd>{{ e.stop_reason }}{{ ", answer forced" if e.forced_finish }}{% if e.error_type %} ({{ e.error_type }}){% endif %}, {{ e.num_steps }} steps, {{ e.generated_tokens|number }} tokens generated</dd>
-{% if e.error %}<dt>error</dt><dd class="bad">{{ e.error|cut(500) }}</dd>{% endif %}</dl>
-{% if e.question and e.question|length > 160 %}<pre>{{ e.question|cut }}</pre>{% endif %}
-{% for step in e.trajectory[:most_steps] %}
-<div class="step"><span class="soft">step {{ loop.index }} · {{ step.tokens|number }} tokens · {{ step.seconds|duration }}{% if step.tool %} · {{ step.tool|cut(60) }}{% endif %}</span>
-{% if step.thought %}<pre>{{ step.thought|cut }}</pre>{% endif %}
-{% if step.action %}<pre><b>{{ step.action|cut }}</b></pre>{% endif %}
-{% if step.observation %}<pre class="soft">{{ step.observation|cut }}</pre>{% endif %}
-</div>
-{% endfor %}
-{% if e.trajectory|length > most_steps %}<p class="note">{{ e.trajectory|length - most_steps }} more steps are in results/.</p>{% endif %}
-</details>
-{% else %}<p class="soft">No rows.</p>
-{% endfor %}
-
-<h2>Cite and rerun</h2>
-<p>Quote the score with its interval, the number of rows and what it was measured under:</p>
-<pre>{{ s.primary }} {{ s.score.mean|score }} (95 % CI {{ range(s.score)|striptags }}, n = {{ r.finished }}{% if s.score.clusters != s.score.n %}, {{ s.score.clusters }} clusters{% endif %}) on {{ s.suite or "?" }}{% if s.suite_version %} v{{ s.suite_version }}{% endif %}, {{ model.id or "?" }}{% if model.revision %}@{{ model.revision }}{% endif %}{% for n in s.numerics if n.engine %}, {{ n.engine }} {{ n.dtype }} tp {{ n.tp }} ({{ n.rows }} rows){% endfor %}; {{ r.failed }} failed rows counted as 0.</pre>
-<p class="soft">Cite the suite's paper as its README says. Intervals after Miller 2024, “Adding Error Bars to Evals”, arXiv 2411.00640.</p>
-{% if config_yaml %}<p>Save as <code>run.yaml</code> and run <code>berth run run.yaml</code>:</p>
-<pre>{{ config_yaml|cut(20000) }}</pre>{% else %}<p class="soft">run.json holds no config.</p>{% endif %}
-{% if run.versions is mapping %}<dl>{% for name, version in run.versions.items() %}<dt>{{ name|cut(60) }}</dt><dd>{{ version|cut(120) }}</dd>{% endfor %}</dl>{% endif %}
-{% if run.hardware is mapping %}<dl>{% for name, value in run.hardware.items() %}<dt>{{ name|cut(60) }}</dt><dd>{{ value|cut(200) }}</dd>{% endfor %}</dl>{% endif %}
-</body>
-</html>
-"""  # noqa: E501
-
-_TEMPLATE = _environment().from_string(_PAGE)
+_TEMPLATE = _environment().from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))

@@ -1,21 +1,24 @@
-"""Scores of a finished run by other scorers, beside the old ones: no GPU, no generation.
+"""Scores of a run by other scorers, beside the old ones: no GPU, no generation.
 
-Each call writes one file of `rescored/`, named by the scorers' versions; `results/` is never touched.
+Each call writes one file of `rescored/`, named by the scorers' versions; `results/` is never touched. The suite is as
+run.json has it, so that what was edited since plays no part; a suite's own scorers are read from its folder.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 
 from actors.errors import InputError
-from pipeline import stats
+from pipeline.report import metrics
 from pipeline.run import run_info
 from pipeline.scoring import load_scorers, score, version_of
-from pipeline.suite import load_suite
+from pipeline.show import measured
 from pipeline.tables import RESULTS, TASKS, open_table, read_table, trajectory_from_row, write_table
 
 SCORES = pa.schema(
@@ -27,20 +30,31 @@ SCORES = pa.schema(
         pa.field("scorer_version", pa.string(), nullable=False),
     ]
 )
+MAX_NAME_CHARS = 200
 
 
 def rescore(out: str, specs: Sequence[str]) -> dict[str, Any]:
     """Score every row of `out/results` with these scorers.
 
     Returns:
-        `path` of the new table, `metrics` with their intervals, `shown` as lines for people.
+        `path` of the new table, `rows`: finished and expected ones, `metrics` with their intervals, `shown` as lines
+        for people.
+
+    Raises:
+        InputError: no such scorer, no rows, or none that could be scored.
     """
     info = run_info(out)
-    suite = load_suite(info["config"]["suite"], info["config"]["data"])
-    scorers = load_scorers(specs, suite.folder)
+    folder, by = info["config"].get("suite"), info["suite"].get("cluster_by")
+    if not isinstance(folder, str):
+        raise InputError("names no suite", file=f"{out}/run.json", field="config.suite")
+    specs = list(dict.fromkeys(specs))
+    scorers = load_scorers(specs, Path(folder))
     primary = specs[0].rpartition(":")[2]
     tasks = {row["row_id"]: row for row in read_table(f"{out}/tasks", TASKS).to_pylist()}
     rows: list[dict[str, Any]] = []
+    lost: list[bool] = []
+    clusters: list[str] = []
+    answered = 0
     version = version_of(scorers)
     for batch in open_table(f"{out}/results", RESULTS).to_batches():
         for row in batch.to_pylist():
@@ -56,19 +70,31 @@ def rescore(out: str, specs: Sequence[str]) -> dict[str, Any]:
                     "scorer_version": version,
                 }
             )
+            lost.append(failed or made.score is None)
+            clusters.append(dict(row["metadata"]).get(by) or "" if by else row["task_id"])
+            answered += trajectory.answer is not None
     if not rows:
         raise InputError("no rows to score", file=f"{out}/results")
-    path = f"{out}/rescored/{version.replace(' ', '+').replace('/', '_').replace(':', '.')}.parquet"
-    write_table(pa.Table.from_pylist(rows, schema=SCORES), path)
-    by = suite.config.cluster_by
-    clusters = [tasks[row["row_id"]]["metadata"] for row in rows] if by else []
-    clusters = [dict(one)[by] for one in clusters] if by else [row["row_id"].rpartition("/")[0] for row in rows]
-    names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
-    metrics = {name: stats.interval([row["scores"].get(name, 0.0) for row in rows], clusters) for name in names}
-    shown = {
-        name: f"{found.mean:.3f}" + ("" if found.low is None else f" [{found.low:.3f}, {found.high:.3f}]")
-        for name, found in metrics.items()
+    errors = [row["error"] for row in rows if row["error"]]
+    if answered and len(errors) == answered and not any(row["scores"] for row in rows if row["error"]):
+        raise InputError(f"no row could be scored; the first: {errors[0]}", field="--scorer")
+    table = pa.Table.from_pylist(rows, schema=SCORES)
+    name = version.replace(" ", "+").replace("/", "_").replace(":", ".")
+    if len(name) > MAX_NAME_CHARS:  # a file's name may have 255 bytes
+        name = hashlib.sha256(version.encode()).hexdigest()
+    path = f"{out}/rescored/{name}.parquet"
+    write_table(table, path)
+    found = metrics(table["scores"], pd.Series(lost), pd.Series(clusters), primary)
+    shown = {name: measured(metric) for name, metric in found.items() if metric["mean"] is not None}
+    if errors:
+        shown["unscored"] = f"{len(errors):,} rows; the first: {errors[0]}"
+    if len(rows) < len(tasks):
+        shown["incomplete"] = (
+            f"{len(rows):,} of {len(tasks):,} rows are done, and largest tasks run first: do not quote these scores"
+        )
+    return {
+        "path": path,
+        "rows": {"finished": len(rows), "expected": len(tasks) or None},
+        "metrics": found,
+        "shown": shown,
     }
-    if errors := sum(row["error"] is not None for row in rows):
-        shown["unscored"] = f"{errors:,} rows; the first: {next(row['error'] for row in rows if row['error'])}"
-    return {"path": path, "metrics": {name: asdict(found) for name, found in metrics.items()}, "shown": shown}

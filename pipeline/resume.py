@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import posixpath
+import re
 from collections.abc import Callable, Collection
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-from pyarrow.fs import FileSystem
+from pyarrow.fs import FileSelector, FileSystem
 
+from actors.errors import RunConflict
 from pipeline.journal import Journal
 from pipeline.tables import ATTEMPTS, RESULTS, filesystem, read_table, table_files, write_table
+
+_RECORDS = re.compile(r"\d{20}-[0-9a-f]{8}(-merged)?\.jsonl(\.\d+\.tmp)?")
 
 
 def reconcile(out: str, tell: Callable[[str], None]) -> set[str]:
@@ -25,12 +29,18 @@ def reconcile(out: str, tell: Callable[[str], None]) -> set[str]:
 
     A part that cannot be read goes to journal/damaged/, and its rows are done again: from the journal, where they
     are finished there. A row that stands twice is kept once.
+
+    Raises:
+        RunConflict: a readable part is not of a run; it stays where it is.
     """
     fs, folder = filesystem(f"{out}/results")
     done: set[str] = set()
     for path in table_files(fs, folder):
         try:
-            ids = pq.read_table(path, columns=["row_id"], filesystem=fs)["row_id"].to_pylist()
+            with pq.ParquetFile(path, filesystem=fs) as part:
+                if "row_id" not in part.schema_arrow.names:
+                    raise RunConflict("not a table of results: it has no row_id", file=path, wants="another folder")
+                ids = part.read(columns=["row_id"])["row_id"].to_pylist()
         except (pa.ArrowInvalid, OSError) as e:
             if isinstance(e, OSError) and not isinstance(e, pa.ArrowException):
                 raise
@@ -83,6 +93,20 @@ def write_checkpoint(out: str, row_ids: Collection[str]) -> None:
         old = [path for path in old if path != new]
     for path in old:
         fs.delete_file(path)
+
+
+def clear_journal(out: str) -> None:
+    """Remove the journal's records and Ray Data's checkpoint; anything else in there, as damaged/, stays."""
+    fs, folder = filesystem(f"{out}/journal")
+    found = fs.get_file_info(FileSelector(folder, allow_not_found=True))
+    for info in found:
+        if info.base_name == "checkpoint":
+            fs.delete_dir(info.path)
+        elif _RECORDS.fullmatch(info.base_name):
+            fs.delete_file(info.path)
+    left = fs.get_file_info(FileSelector(folder, recursive=True, allow_not_found=True))
+    if found and not any(info.is_file for info in left):
+        fs.delete_dir(folder)
 
 
 def _drop_rows(fs: FileSystem, path: str, row_ids: Collection[str]) -> None:

@@ -35,8 +35,8 @@ from pipeline.footprint import Forecaster, order
 from pipeline.journal import Progress
 from pipeline.lock import locked
 from pipeline.preflight import Prepared, identity, limits_of
-from pipeline.report import summarize, write_report
-from pipeline.resume import attempts_so_far, failed_rows, reconcile, reopen, write_checkpoint
+from pipeline.report import write_report
+from pipeline.resume import attempts_so_far, clear_journal, failed_rows, reconcile, reopen, write_checkpoint
 from pipeline.tables import (
     ATTEMPTS,
     REJECTS,
@@ -57,6 +57,8 @@ from pipeline.tasks import packed
 log = logging.getLogger("berth")
 
 MANIFEST_ROWS = 4096
+WRITTEN = ("journal", "results", "tasks", "attempts", "rejects", "summary.json", "report.html")
+"""What a run writes into its folder, after run.json."""
 BY_ATTEMPT = [("row_id", "ascending"), ("attempt", "ascending")]
 
 
@@ -67,12 +69,14 @@ def execute(prepared: Prepared, screen: Screen, retry: Collection[str] | None = 
         retry: do failed rows of these error types again (all types: empty); None leaves them.
 
     Raises:
-        RunConflict: the folder is in use, or holds another run.
+        RunConflict: the folder is in use, holds another run, or is not a run's.
         Incomplete: stopped before the end; the same command resumes.
     """
     out, total = prepared.config.out, len(prepared.rows.tasks)
+    check_folder(out, prepared.suite.folder)
     with locked(out, stop_on_loss(screen), lambda said: screen.line("lock", said)):
         info = open_folder(prepared)
+        left = missing(prepared, reconcile(out, lambda said: screen.line("damaged", said)))
         if retry is not None:
             again = failed_rows(out, retry)
             screen.line("retry", f"{len(again):,} failed rows are done again")
@@ -80,15 +84,61 @@ def execute(prepared: Prepared, screen: Screen, retry: Collection[str] | None = 
                 info |= {"finished_at": None}
                 write_json(info, f"{out}/run.json")
                 reopen(out, again)
-        done = reconcile(out, lambda said: screen.line("damaged", said))
-        if len(done) == total and info.get("finished_at"):
+                left += len(again)
+        if not left and info.get("finished_at"):
             screen.line("run", f"already complete: {total:,} rows in {out}; nothing to do")
-            return json.loads(read_bytes(f"{out}/summary.json") or b"{}") or summarize(out)
-        if len(done) < total:
+            return summary_of(out)
+        if left:
             learned = forecaster(prepared)
             write_manifest(prepared, learned)
             roll_out(prepared, learned, info, screen)
         return finish(prepared, info)
+
+
+def summary_of(out: str) -> dict[str, Any]:
+    """summary.json of a finished run; written again where it is missing or damaged."""
+    try:
+        found = json.loads(read_bytes(f"{out}/summary.json") or b"")
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) and found else write_report(out)
+
+
+def check_folder(out: str, suite: Path) -> None:
+    """Refuse a folder of the user's own, in which a run would take files for its own.
+
+    Raises:
+        RunConflict: it is the suite's, or holds what a run writes and no run.json.
+    """
+    if "://" not in out and Path(out).resolve() == suite.resolve():
+        raise RunConflict("is the suite's own folder", field="out", got=out, wants="another folder with --out")
+    try:
+        found = [] if _exists(f"{out}/run.json") else [name for name in WRITTEN if _exists(f"{out}/{name}")]
+    except OSError as e:
+        raise InputError(f"not readable: {e}", field="out", got=out) from e
+    if found:
+        raise RunConflict(
+            f"holds {', '.join(found)} and no run.json, so these files are not known to be a run's",
+            field="out",
+            got=out,
+            wants="another folder with --out",
+        )
+
+
+def missing(prepared: Prepared, done: Collection[str]) -> int:
+    """Number of the run's rows that are not done.
+
+    Raises:
+        RunConflict: rows are done that are not the run's.
+    """
+    mine = set(prepared.rows.tasks.table["row_id"].to_pylist())
+    if foreign := set(done) - mine:
+        raise RunConflict(
+            f"{len(foreign):,} rows are not of this run, as {min(map(str, foreign))!r}",
+            file=f"{prepared.config.out}/results",
+            wants="another folder with --out",
+        )
+    return len(mine) - len(set(done))
 
 
 def open_folder(prepared: Prepared) -> dict[str, Any]:
@@ -173,13 +223,18 @@ def forecaster(prepared: Prepared) -> Forecaster:
     """A forecaster that has learned from the run folders beside this run's: rows of the same suite and model."""
     found, parent = untaught(prepared), prepared.config.out.rstrip("/").rpartition("/")[0]
     fs, path = filesystem(parent)
-    for info in sorted(fs.get_file_info(FileSelector(path, allow_not_found=True)), key=lambda info: info.base_name):
-        folder = f"{parent}/{info.base_name}"
-        if info.type == FileType.Directory and _exists(f"{folder}/run.json"):
-            try:
+    try:
+        beside = fs.get_file_info(FileSelector(path, allow_not_found=True))
+        folders = sorted(f"{parent}/{info.base_name}" for info in beside if info.type == FileType.Directory)
+    except OSError as e:
+        log.warning("no forecasts from the runs in %s: %s", parent, e)
+        return found
+    for folder in folders:
+        try:
+            if _exists(f"{folder}/run.json"):
                 found.learn_from_tables(f"{folder}/results", prepared.facts, prepared.model_revision)
-            except (OSError, pa.ArrowException) as e:  # another run's tables must not stop this one
-                log.warning("no forecasts from %s: %s", folder, e)
+        except (OSError, pa.ArrowException) as e:  # another run's tables, or private folder, must not stop this one
+            log.warning("no forecasts from %s: %s", folder, e)
     return found
 
 
@@ -338,18 +393,15 @@ def _attempt_row(records: list[dict[str, Any]], page_bytes: int) -> dict[str, An
 
 
 def finish(prepared: Prepared, info: dict[str, Any]) -> dict[str, Any]:
-    """Count the rows, write run.json, summary.json and report.html, clear the journal."""
+    """See that no row is missing, write run.json, summary.json and report.html, clear the journal."""
     out, total = prepared.config.out, len(prepared.rows.tasks)
-    done = count_rows(f"{out}/results", RESULTS)
-    if done < total:
-        raise Incomplete(f"{done:,} of {total:,} rows are done; repeat the command to resume")
+    if left := missing(prepared, read_table(f"{out}/results", RESULTS, ["row_id"])["row_id"].to_pylist()):
+        raise Incomplete(f"{total - left:,} of {total:,} rows are done; repeat the command to resume")
     finished = info | {"finished_at": now()}
     write_json(finished | {"finished_at": None}, f"{out}/run.json")
     summary = write_report(out)
     write_json(finished, f"{out}/run.json")
-    if _exists(f"{out}/journal"):
-        fs, path = filesystem(f"{out}/journal")
-        fs.delete_dir(path)
+    clear_journal(out)
     return summary
 
 
@@ -395,15 +447,25 @@ def run_info(folder: str) -> dict[str, Any]:
         info = json.loads(found)
     except ValueError as e:
         raise InputError(f"not JSON: {e}", file=f"{folder}/run.json") from e
-    if not isinstance(info, dict) or not {"identity", "config", "suite"} <= info.keys():
+    if not isinstance(info, dict) or not all(
+        isinstance(info.get(name), dict) for name in ("identity", "config", "suite")
+    ):
         raise InputError("not what a run writes", file=f"{folder}/run.json")
     return info
 
 
-def existing(folder: str) -> str:
-    """The run folder, if it is one."""
+@contextmanager
+def opened(folder: str) -> Generator[None]:
+    """Work on a run folder whose tables may be damaged, and which may not be ours to write.
+
+    Raises:
+        InputError: it is no run folder, or a file in it cannot be read or written.
+    """
     run_info(folder)
-    return folder
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as e:
+        raise InputError(str(e), file=folder, wants="tables that can be read, in a folder that can be written") from e
 
 
 def versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ Knows nothing of storage, Ray or models. Scoring needs no GPU and may be repeate
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import math
@@ -13,7 +14,9 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from importlib.util import resolve_name
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -36,7 +39,8 @@ class Scorer:
     Attributes:
         spec: as the suite names it.
         function: (trajectory, gold) → {metric: value}; may raise anything.
-        version: digest of name and source; a change means that old and new scores are not comparable.
+        version: digest of name and source, also of what it imports from the suite's folder; a change means that old
+            and new scores are not comparable.
         builtin: one of BUILTIN, which need gold.
     """
 
@@ -182,8 +186,37 @@ def load_scorer(spec: str, base: str | Path) -> Scorer:
         raise InputError("not callable", field="scorers", got=spec, wants="(trajectory, gold) -> {metric: number}")
     owner: Any = function if inspect.isroutine(function) else type(function)
     file = inspect.getsourcefile(owner)
-    source = Path(file).read_text(encoding="utf-8") if file else spec
+    files = ([Path(file).resolve()] if file else []) + _modules(spec.partition(":")[0], Path(base))
+    source = "".join(path.read_bytes().decode("utf-8", "replace") for path in dict.fromkeys(files)) or spec
     return Scorer(spec, function, _digest(spec, source), builtin=False)
+
+
+def _modules(name: str, base: Path) -> list[Path]:
+    """Files of a module and of all that it imports, at its top or later, where they are in the folder `base`."""
+    files: set[Path] = set()
+    seen: set[str] = set()
+    left = [name]
+    while left:
+        name = left.pop()
+        package = name.rpartition(".")[0]
+        if not name or name in seen:
+            continue
+        seen.add(name)
+        left.append(package)
+        place = base.joinpath(*name.split("."))
+        file = next((file for file in (place / "__init__.py", place.with_suffix(".py")) if file.is_file()), None)
+        if file is None:  # not this folder's, or an attribute of a module
+            continue
+        files.add(file.resolve())
+        package = name if file.name == "__init__.py" else package
+        with suppress(ImportError, SyntaxError):  # of what is imported late, if ever
+            for node in ast.walk(ast.parse(file.read_bytes())):
+                if isinstance(node, ast.Import):
+                    left += [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    start = resolve_name("." * node.level + (node.module or ""), package)
+                    left += [start, *(f"{start}.{alias.name}" for alias in node.names)]
+    return sorted(files)
 
 
 def load_scorers(specs: Sequence[str], base: str | Path) -> tuple[Scorer, ...]:
@@ -254,8 +287,10 @@ def _in_time(function: Score, trajectory: Trajectory, gold: tuple[str, ...]) -> 
     def work() -> None:
         try:
             outcome.set_result(function(trajectory, gold))
-        except BaseException as e:  # the caller's to handle
+        except Exception as e:
             outcome.set_exception(e)
+        except BaseException as e:  # as of sys.exit, which would end the caller's thread and not the process
+            outcome.set_exception(RuntimeError(f"{type(e).__name__}: {e}"))
 
     thread = Thread(target=work, name="berth-scorer", daemon=True)
     thread.start()

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow.dataset as ds
 from rich.text import Text
 
-from pipeline.config import RunConfig
+from pipeline.config import AgentConfig, RunConfig
 from pipeline.console import Screen, clean, duration
 from pipeline.preflight import Prepared, transcript
 from pipeline.tables import RESULTS, TASKS, read_bytes, read_table
@@ -24,14 +25,12 @@ def tell(screen: Screen, out: str, summary: dict[str, Any]) -> None:
         screen.trajectory(row)
     rows, score = summary["rows"], summary["score"]
     if score["mean"] is not None:
-        span = "" if score["low"] is None else f" [{score['low']:.3f}, {score['high']:.3f}]"
-        screen.line("score", f"{summary['primary']} {score['mean']:.3f}{span} (95 % {score['method']}, n={score['n']})")
+        screen.line("score", f"{summary['primary']} {measured(score)}")
     if (text := expectation(out)) is not None:
         screen.line("expect", text)
     for name, metric in summary["metrics"].items():
         if name != summary["primary"] and metric["mean"] is not None:
-            span = "" if metric["low"] is None else f" [{metric['low']:.3f}, {metric['high']:.3f}]"
-            screen.line("", f"{name} {metric['mean']:.3f}{span}")
+            screen.line("", f"{name} {measured(metric)}")
     ended = ", ".join(f"{reason} {count:,}" for reason, count in summary["stop_reasons"].items())
     screen.line(
         "rows", f"{rows['finished']:,} of {rows['expected'] or 0:,}, {rows['failed']:,} failed; ended by: {ended}"
@@ -49,6 +48,12 @@ def tell(screen: Screen, out: str, summary: dict[str, Any]) -> None:
         )
     screen.line("tables", f"{out}/results/*.parquet   (pandas.read_parquet reads the folder)")
     screen.line("report", f"{out}/report.html")
+
+
+def measured(score: Mapping[str, Any]) -> str:
+    """A mean that is there, as `stats.Interval` has it: with its interval, the method and the number of rows."""
+    span = "" if score["low"] is None else f" [{score['low']:.3f}, {score['high']:.3f}]"
+    return f"{score['mean']:.3f}{span} (95 % {score['method']}, n={score['n']:,})"
 
 
 def _speed(screen: Screen, summary: dict[str, Any]) -> None:
@@ -79,11 +84,37 @@ def example(out: str) -> dict[str, Any] | None:
 
 
 def expectation(out: str) -> str | None:
-    """What the suite says of this model, where it says something."""
+    """What the suite says of this model; None where it says nothing, or the run is not of the kind it was measured in:
+    the whole suite, greedy, in the default format."""
     info = json.loads(read_bytes(f"{out}/run.json") or b"{}")
-    model = info.get("config", {}).get("model", {}).get("id")
-    found = info.get("suite", {}).get("expect", {}).get(model)
-    return None if found is None else f"{found[0]:.2f} to {found[1]:.2f} was measured for {model} on this suite before"
+    config = info.get("config", {})
+    model = config.get("model", {})
+    found = info.get("suite", {}).get("expect", {}).get(model.get("id"))
+    changed = [
+        config.get("limit"),
+        config.get("data"),
+        model.get("adapter"),
+        config.get("sampling", {}).get("temperature"),
+    ]
+    if found is None or any(changed) or config.get("agent", {}).get("format") != AgentConfig().format:
+        return None
+    return f"{found[0]:.2f} to {found[1]:.2f} was measured for {model['id']} on this suite before"
+
+
+def facts(prepared: Prepared) -> dict[str, Any]:
+    """What `validate --json` says of a run that can be run."""
+    return {
+        "suite": prepared.suite.config.name,
+        "suite_version": prepared.suite.config.version,
+        "rows": len(prepared.rows.tasks),
+        "rejected": len(prepared.rows.rejects),
+        "tools": [tool.name for tool in prepared.tools],
+        "primary": prepared.suite.primary,
+        "model": prepared.config.model.id,
+        "model_revision": prepared.model_revision,
+        "context_tokens": prepared.model_len,
+        "longest_prompt_tokens": max(prepared.prompt_tokens.values()),
+    }
 
 
 def show_prompts(screen: Screen, prepared: Prepared, count: int) -> None:

@@ -1,19 +1,24 @@
 import datetime as dt
 import json
 import re
+import shutil
 import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from actors.errors import InputError
 from actors.messages import Numerics, Step, Task, Trajectory, Usage
 from pipeline import tables
-from pipeline.report import compare, summarize, write_report
+from pipeline.report import metrics, summarize, write_report
+from pipeline.rescore import rescore
+from pipeline.run import opened
 from pipeline.scoring import Scored
 from pipeline.tables import ATTEMPTS, REJECTS, RESULTS, TASKS, RunFacts, result_row, rows_to_table, task_row
 
@@ -35,7 +40,7 @@ def trajectory(i: int, *, kind: str, sample: int = 0, text: str = "") -> Traject
     )
     n = len(steps)
     usage = Usage(700 * n, 90 * n, 500 * n, 60 * n, 2**20 * 30 * n, 32, 0, 0.2 * n, 0.1 * n, 0.9 * n, 0.05 * n)
-    if kind in ("infra", "model"):
+    if kind in ("infra", "model", "tool"):
         return Trajectory(
             task, steps, None, None, "error", error=f"node lost {text}", error_type=kind, usage=usage, attempts=3
         )
@@ -103,7 +108,7 @@ def store(
 
 def mixed(n: int, text: str = "") -> list[Trajectory]:
     kinds = np.random.default_rng(0).choice(
-        ["right", "wrong", "none", "infra", "model"], n, p=[0.4, 0.4, 0.1, 0.06, 0.04]
+        ["right", "wrong", "none", "infra", "model", "tool"], n, p=[0.4, 0.4, 0.1, 0.05, 0.03, 0.02]
     )
     return [trajectory(i, kind=str(kind), text=text) for i, kind in enumerate(kinds)]
 
@@ -137,11 +142,13 @@ def test_summary_of_a_mixed_run(tmp_path: Path):
     run = mixed(100)
     summary = summarize(store(tmp_path, run))
     right = sum(t.answer == "yes" for t in run)
-    infra = sum(t.error_type == "infra" for t in run)
+    infra, tool = (sum(t.error_type == kind for t in run) for kind in ("infra", "tool"))
+    assert tool > 0
     assert summary["score"]["mean"] == pytest.approx(right / 100)
     assert summary["score"]["method"] == "Wilson"
-    assert summary["score_without_infra"]["mean"] == pytest.approx(right / (100 - infra))
-    assert (summary["rows"]["infra"], summary["rows"]["failed"]) == (infra, sum(bool(t.error_type) for t in run))
+    assert summary["score_without_faults"]["mean"] == pytest.approx(right / (100 - infra - tool))
+    assert (summary["rows"]["infra"], summary["rows"]["tool"]) == (infra, tool)
+    assert summary["rows"]["failed"] == sum(bool(t.error_type) for t in run)
     assert summary["error_types"]["infra"] == infra
     assert summary["complete"] is True
     assert list(summary["metrics"]) == ["exact_match", "f1"]
@@ -211,11 +218,11 @@ def test_a_run_in_which_all_failed(tmp_path: Path):
     store(tmp_path, [trajectory(i, kind="infra") for i in range(5)], expected=8)
     summary = write_report(tmp_path)
     assert (summary["score"]["mean"], summary["score"]["n"]) == (0.0, 5)
-    assert summary["score_without_infra"]["mean"] is None
+    assert summary["score_without_faults"]["mean"] is None
     assert (summary["rows"]["missing"], summary["complete"]) == (3, False)
     page = (tmp_path / "report.html").read_text()
     assert "Incomplete" in page
-    assert "5 of 5 rows failed through infrastructure" in page
+    assert "5 of 5 rows failed through infrastructure and 0 through a tool that broke" in page
 
 
 def test_wall_time_from_run_json_where_attempts_are_absent(tmp_path: Path):
@@ -252,6 +259,62 @@ def test_unscored_rows_count_as_zero_and_are_told(tmp_path: Path):
     assert "could not be scored" in (tmp_path / "report.html").read_text()
 
 
+def rescorable(folder: Path, trajectories: list[Trajectory], **more) -> Path:
+    """A run folder whose suite's folder, which may be edited after the run, holds a scorer `mine`."""
+    (folder / "suite").mkdir()
+    (folder / "suite" / "mine.py").write_text(
+        "def cite(trajectory, gold):\n    return {'cite': 1.0} if trajectory.task.task_id == 'q0' else {'other': 0.0}\n"
+        "def broken(trajectory, gold):\n    raise KeyError('oops')\n"
+    )
+    return store(folder, trajectories, identity={}, config={"suite": str(folder / "suite")}, **more)
+
+
+def test_a_metric_that_is_not_on_every_row_is_the_mean_of_those_that_have_it(tmp_path: Path):
+    run = [trajectory(i, kind=kind) for i, kind in enumerate(("right", "right", "infra"))]
+    out = str(rescorable(tmp_path, run, suite={"cluster_by": "doc"}))
+    found = rescore(out, ["exact_match", "mine:cite", "mine:cite"])["metrics"]
+    table = pq.read_table(Path(out) / "rescored")
+    assert {name: (one["mean"], one["n"]) for name, one in found.items()} == {
+        "exact_match": (pytest.approx(2 / 3), 3),
+        "cite": (0.5, 2),
+        "other": (0.0, 2),
+    }
+    lost = pd.Series([False, False, True])
+    assert found == metrics(table["scores"], lost, pd.Series(["d0"] * 3), "exact_match")
+
+
+def test_an_unfinished_run_is_said_to_be_one_when_scored(tmp_path: Path):
+    out = str(rescorable(tmp_path, mixed(10), expected=12))
+    assert "10 of 12 rows are done" in rescore(out, ["f1"])["shown"]["incomplete"]
+    shutil.rmtree(tmp_path / "tasks")
+    shown = rescore(out, ["exact_match", "f1"])["shown"]
+    assert "incomplete" not in shown
+
+
+def test_scorers_of_which_none_works_are_refused(tmp_path: Path):
+    out = str(rescorable(tmp_path, mixed(5)))
+    with pytest.raises(InputError, match=r"--scorer: no row could be scored; .*KeyError: 'oops'"):
+        rescore(out, ["mine:broken"])
+    assert not (tmp_path / "rescored").exists()
+
+
+def test_many_scorers_make_no_name_that_is_too_long(tmp_path: Path):
+    out = str(rescorable(tmp_path, [trajectory(0, kind="right")]))
+    names = [f"cite{'x' * 60}{n}" for n in range(5)]
+    source = "".join(f"def {name}(trajectory, gold):\n    return {{'{name}': 1.0}}\n" for name in names)
+    (tmp_path / "suite" / "long.py").write_text(source)
+    assert Path(rescore(out, [f"long:{name}" for name in names])["path"]).exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and no more", b"x" * 100])
+def test_a_damaged_table_is_named(tmp_path: Path, content: bytes):
+    out = rescorable(tmp_path, mixed(3))
+    (out / "results" / "0.parquet").write_bytes(content)
+    for work in (lambda: write_report(out), lambda: rescore(str(out), ["f1"])):
+        with pytest.raises(InputError, match=r"results/0\.parquet"), opened(str(out)):
+            work()
+
+
 def test_samples_of_a_task_are_a_cluster_and_give_pass_at_k(tmp_path: Path):
     run = [
         trajectory(i, kind="right" if i % 3 == sample else "wrong", sample=sample)
@@ -286,16 +349,6 @@ def test_the_environment_is_not_shown(tmp_path: Path):
     page = (tmp_path / "report.html").read_text()
     assert "WIKI_TOKEN" in page
     assert "s3cret" not in page
-
-
-def test_two_runs_are_compared_on_what_they_share(tmp_path: Path):
-    a = store(tmp_path / "a", [trajectory(i, kind="wrong") for i in range(10)])
-    b = store(tmp_path / "b", [trajectory(i, kind="right" if i < 8 else "wrong") for i in range(12)])
-    found = compare(a, b)
-    assert (found["only_a"], found["only_b"], found["difference"]["n"]) == (0, 8, 10)
-    assert found["difference"]["mean"] == pytest.approx(0.8)
-    assert found["p_value"] == pytest.approx(2 / 2**8)
-    assert (found["rows_only_in_a"], found["rows_only_in_b"]) == (0, 2)
 
 
 def test_a_hundred_thousand_rows(tmp_path: Path):

@@ -5,8 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from actors.errors import RunConflict
 from pipeline.journal import RECORDS, Journal
-from pipeline.resume import attempts_so_far, failed_rows, reconcile, reopen, write_checkpoint
+from pipeline.resume import attempts_so_far, clear_journal, failed_rows, reconcile, reopen, write_checkpoint
 from pipeline.run import write_attempts
 
 ROW = {
@@ -55,6 +56,33 @@ def test_a_part_cut_short_is_set_aside_and_told(tmp_path, keep):
     assert "q.parquet" in told[0]
     assert ids_in(tmp_path / "results") == ["a/0"]
     assert (tmp_path / "journal/damaged/q.parquet.damaged").exists()
+
+
+def test_a_table_that_is_not_a_runs_is_left_where_it_is(tmp_path):
+    path = tmp_path / "results" / "mine.parquet"
+    path.parent.mkdir()
+    pq.write_table(pa.table({"x": [1]}), path)
+    with pytest.raises(RunConflict, match=r"mine\.parquet: .*no row_id"):
+        reconcile(str(tmp_path), pytest.fail)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("foreign", [None, "damaged/q.parquet.damaged", "notes.jsonl"])
+def test_of_the_journal_only_what_a_run_wrote_is_removed(tmp_path, foreign):
+    async def earlier() -> None:
+        await Journal(f"{tmp_path}/journal").begin("a/0", "p", "r")
+
+    asyncio.run(earlier())
+    write_checkpoint(str(tmp_path), {"a/0"})
+    folder = tmp_path / "journal"
+    if foreign:
+        (folder / foreign).parent.mkdir(exist_ok=True)
+        (folder / foreign).write_text("{}")
+    clear_journal(str(tmp_path))
+    clear_journal(str(tmp_path))
+    files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    assert files == ([foreign] if foreign else [])
+    assert folder.exists() == bool(foreign)
 
 
 def test_a_row_that_stands_twice_is_kept_once(tmp_path):

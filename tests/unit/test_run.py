@@ -5,16 +5,24 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pytest
 
-from actors.errors import Incomplete, InputError
+from actors.errors import Incomplete, InputError, RunConflict
+from actors.messages import Task
 from pipeline import run as module
 from pipeline.config import RunConfig
 from pipeline.journal import RECORDS
 from pipeline.run import budget, difference, error_types, run_info, write_attempts
 from pipeline.tables import ATTEMPTS, read_table
+from pipeline.tasks import Tasks
 
 
 def config(**changes):
     return RunConfig.model_validate({"suite": "s", "out": "o", "model": {"id": "m"}} | changes)
+
+
+def run_of_three(tmp_path):
+    tasks = Tasks(Task(name, 0, "?", ("x",), {}, {}, 0) for name in "abc")
+    suite = SimpleNamespace(folder=tmp_path / "suite")
+    return SimpleNamespace(config=config(out=str(tmp_path / "out")), rows=SimpleNamespace(tasks=tasks), suite=suite)
 
 
 def test_difference_names_fields():
@@ -79,9 +87,7 @@ def test_attempts_tell_what_became_of_each(tmp_path):
 
 
 def test_only_what_is_missing_is_rolled_out(tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    prepared = SimpleNamespace(config=config(out=str(out)), rows=SimpleNamespace(tasks=[1, 2, 3]))
-    rolled = []
+    prepared, rolled = run_of_three(tmp_path), []
     monkeypatch.setattr(module, "open_folder", lambda prepared: {"identity": {}, "config": {}, "suite": {}})
     monkeypatch.setattr(module, "reconcile", lambda *_: {"a/0", "b/0"})
     monkeypatch.setattr(module, "forecaster", lambda _: None)
@@ -92,16 +98,80 @@ def test_only_what_is_missing_is_rolled_out(tmp_path, monkeypatch):
     assert rolled
 
 
+def test_a_damaged_part_does_not_keep_failed_rows_from_being_done_again(tmp_path, monkeypatch):
+    prepared, rolled = run_of_three(tmp_path), []
+    (tmp_path / "out" / "results").mkdir(parents=True)
+    (tmp_path / "out" / "results" / "p.parquet").write_bytes(b"cut short")
+    (tmp_path / "out" / "run.json").write_text(json.dumps({"identity": {}, "config": {}, "suite": {}}))
+    monkeypatch.setattr(module, "identity", lambda _: {})
+    monkeypatch.setattr(module, "forecaster", lambda _: None)
+    monkeypatch.setattr(module, "write_manifest", lambda *_: None)
+    monkeypatch.setattr(module, "roll_out", lambda *_: rolled.append(1))
+    with pytest.raises(Incomplete, match="0 of 3 rows"):
+        module.execute(prepared, SimpleNamespace(line=lambda *_: None), retry=())
+    assert rolled
+
+
 def test_all_rows_without_a_summary_only_need_the_report(tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    prepared = SimpleNamespace(config=config(out=str(out)), rows=SimpleNamespace(tasks=[1, 2, 3]))
+    prepared = run_of_three(tmp_path)
     monkeypatch.setattr(module, "open_folder", lambda prepared: {"identity": {}, "config": {}, "suite": {}})
     monkeypatch.setattr(module, "reconcile", lambda *_: {"a/0", "b/0", "c/0"})
-    monkeypatch.setattr(module, "count_rows", lambda folder, schema: 3)
+    results = pa.table({"row_id": ["a/0", "b/0", "c/0"]})
+    monkeypatch.setattr(module, "read_table", lambda *_: results)
     monkeypatch.setattr(module, "write_report", lambda out: {"rows": pa.scalar(3).as_py()})
     monkeypatch.setattr(module, "roll_out", lambda *_: pytest.fail("nothing is left to roll out"))
     assert module.execute(prepared, SimpleNamespace(line=lambda *_: None)) == {"rows": 3}
-    assert run_info(str(out))["finished_at"]
+    assert run_info(prepared.config.out)["finished_at"]
+
+
+@pytest.mark.parametrize("name", ["journal/notes.jsonl", "results/mine.parquet", "tasks/mine", "report.html"])
+def test_a_folder_of_the_users_own_is_refused_and_left_as_it_is(tmp_path, name):
+    prepared = run_of_three(tmp_path)
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(RunConflict, match=rf"out: holds {name.partition('/')[0]} and no run\.json"):
+        module.execute(prepared, SimpleNamespace(line=lambda *_: None))
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [file]
+
+
+def test_the_suites_own_folder_is_refused(tmp_path):
+    with pytest.raises(RunConflict, match="the suite's own folder"):
+        module.check_folder(f"{tmp_path}/x/..", tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", "\udcff"])
+def test_a_summary_that_is_lost_or_damaged_is_written_again(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(module, "write_report", lambda out: {"written": out})
+    (tmp_path / "summary.json").write_text('{"rows": 3}')
+    assert module.summary_of(str(tmp_path)) == {"rows": 3}
+    (tmp_path / "summary.json").unlink()
+    if content is not None:
+        (tmp_path / "summary.json").write_text(content, errors="surrogateescape")
+    assert module.summary_of(str(tmp_path)) == {"written": str(tmp_path)}
+
+
+def test_rows_of_another_run_are_not_taken_for_ones_own(tmp_path):
+    with pytest.raises(RunConflict, match="1 rows are not of this run, as 'x/0'"):
+        module.missing(run_of_three(tmp_path), {"a/0", "b/0", "x/0"})
+
+
+def test_a_private_folder_beside_the_run_does_not_stop_it(tmp_path, monkeypatch, caplog):
+    def exists(uri):
+        if uri.endswith("/private/run.json"):
+            raise PermissionError(uri)
+        return True
+
+    learned = []
+    fake = SimpleNamespace(learn_from_tables=lambda folder, *_: learned.append(folder))
+    monkeypatch.setattr(module, "untaught", lambda _: fake)
+    monkeypatch.setattr(module, "_exists", exists)
+    for name in ("open", "private"):
+        (tmp_path / name).mkdir()
+    prepared = SimpleNamespace(config=config(out=str(tmp_path / "out")), facts=None, model_revision="r")
+    assert module.forecaster(prepared) is fake
+    assert learned == [f"{tmp_path}/open/results"]
+    assert "private" in caplog.text
 
 
 def test_attempts_tell_what_was_predicted_and_what_was_used(tmp_path):

@@ -1,4 +1,5 @@
 import math
+import sys
 import threading
 from pathlib import Path
 
@@ -198,6 +199,13 @@ def test_gold_check_names_scorer_and_row_of_an_exception():
         gold_check([task("x")], load_scorers(["f1"], "."), "exact_match")
 
 
+def test_a_scorer_that_exits_is_one_that_failed():
+    scorer = custom(lambda *_: sys.exit(3))
+    assert scoring.score(said("x", "x"), [scorer], "m").error == "scorer mine:score: RuntimeError: SystemExit: 3"
+    with pytest.raises(InputError, match="SystemExit: 3"):
+        gold_check([task("x")], [scorer], "m")
+
+
 def test_a_scorer_of_ones_own(tmp_path: Path):
     file = tmp_path / "berth_test_scorer.py"
     file.write_text("def cite(trajectory, gold):\n    return {'cite': float(trajectory.answer in gold)}\n")
@@ -220,6 +228,31 @@ def test_versions_tell_scorers_apart_and_are_stable():
     assert len({scorer.version for scorer in loaded}) == 3
     assert version_of(loaded) == version_of(load_scorers(list(scoring.BUILTIN), "."))
     assert version_of(loaded).startswith("exact_match@")
+
+
+def test_what_a_scorer_imports_is_part_of_its_version(tmp_path: Path):
+    (tmp_path / "berth_judge").mkdir()
+    files = {
+        "berth_judge/__init__.py": "",
+        "berth_judge/cite.py": "import json\nfrom .words import WORDS\ndef cite(*_):\n    import berth_late as l\n",
+        "berth_judge/words.py": "WORDS = 1\n",
+        "berth_late.py": "LATE = 1\n",
+        "other.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "json").mkdir()  # a folder that is no module, though one that is imported has its name
+
+    def version() -> str:
+        return load_scorer("berth_judge.cite:cite", tmp_path).version
+
+    first = version()
+    (tmp_path / "other.py").write_text("x = 1\n")
+    assert version() == first
+    for name in ("berth_judge/words.py", "berth_late.py", "berth_judge/__init__.py", "berth_judge/cite.py"):
+        before = version()
+        (tmp_path / name).write_text(files[name] + "# changed\n")
+        assert version() != before
 
 
 def test_a_scorer_that_hangs_leaves_an_error_and_is_given_up_after_some_calls(monkeypatch):
