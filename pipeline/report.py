@@ -81,6 +81,15 @@ def write_report(run_dir: str | Path) -> dict[str, Any]:
     return summary
 
 
+def compare(run_a: str | Path, run_b: str | Path) -> dict[str, Any]:
+    """Two runs on the row_ids they share, b − a: `stats.Comparison` as data, with how many rows were not shared."""
+    a, b = _Run(run_a), _Run(run_b)
+    both = a.frame.merge(b.frame, on="row_id", suffixes=("_a", "_b"))
+    found = stats.paired(both["primary_a"], both["primary_b"], both["cluster_a"])
+    alone = {"rows_only_in_a": len(a.frame) - len(both), "rows_only_in_b": len(b.frame) - len(both)}
+    return {"metric_a": a.primary, "metric_b": b.primary, **asdict(found), **alone}
+
+
 def metrics(scores: pa.ChunkedArray, lost: Frame, clusters: Frame, primary: str) -> dict[str, dict[str, Any]]:
     """Mean and interval of every metric, the primary first; `n` says of how many rows.
 

@@ -1,4 +1,4 @@
-"""Means with honest intervals, pass@k.
+"""Means with honest intervals, paired comparisons of two runs, pass@k.
 
 Follows Miller 2024, "Adding Error Bars to Evals" (arXiv 2411.00640). Pure functions over arrays; knows nothing of
 tables, runs or suites. What cannot be known from so few values is None, not zero.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ from scipy import stats
 Values = Sequence[float] | npt.NDArray[Any] | pd.Series
 Clusters = Sequence[Any] | npt.NDArray[Any] | pd.Series
 Floats = npt.NDArray[np.float64]
+SEED = 0
+RESAMPLES = 9_999
 ROUNDING = 1e-12
 """A spread below this is rounding of values that are all the same."""
 
@@ -46,11 +48,35 @@ class Interval:
     confidence: float
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two runs on the same rows, b − a.
+
+    Attributes:
+        mean_a, mean_b: means over the shared rows; None without any.
+        difference: its mean and interval.
+        p_value: two-sided; None where no test is possible.
+        test: which one, in words.
+        only_a, only_b: rows where a, and where b, scored higher.
+        correlation: Pearson's, of the paired scores; None where either does not vary.
+    """
+
+    mean_a: float | None
+    mean_b: float | None
+    difference: Interval
+    p_value: float | None
+    test: str
+    only_a: int
+    only_b: int
+    correlation: float | None
+
+
 def interval(
     values: Values,
     clusters: Clusters | None = None,
     *,
     confidence: float = 0.95,
+    method: Literal["auto", "bootstrap"] = "auto",
 ) -> Interval:
     """Mean of a metric over rows, with a two-sided confidence interval.
 
@@ -63,6 +89,7 @@ def interval(
         values: one per row, finite.
         clusters: one label per row; None where rows are independent.
         confidence: 0.95 for a 95 % interval.
+        method: bootstrap resamples clusters (percentiles, seeded) in place of the above.
 
     Raises:
         ValueError: a value is not finite, or the lengths differ.
@@ -77,6 +104,8 @@ def interval(
 
     if mean is None:
         return made(None, None, "no values")
+    if method == "bootstrap":
+        return made(*_bootstrap(x, codes, count, confidence), "bootstrap")
     if _is_binary(x):
         if count == len(x):
             bounds = stats.binomtest(int(x.sum()), len(x)).proportion_ci(confidence, method="wilson")
@@ -90,6 +119,64 @@ def interval(
     if x.min() >= 0 and x.max() <= 1:
         low, high = max(0.0, low), min(1.0, high)
     return made(low, high, "t" if count == len(x) else "t, clustered")
+
+
+def standard_error(values: Values, clusters: Clusters | None = None) -> float | None:
+    """Standard error of the mean; None with fewer than two clusters.
+
+    Clustered: sqrt(G/(G−1) · Σ_g (Σ_{i∈g} (x_i − x̄))²) / n. Miller 2024, section 2.2, with the finite-sample
+    factor G/(G−1) on the whole sum (CR1), which his form puts on its diagonal only: slightly wider with few
+    clusters, and equal to s/√n, as his, where each row is its own cluster.
+    """
+    x = _finite(values)
+    return _standard_error(x, *_codes(clusters, len(x)))
+
+
+def paired(
+    a: Values,
+    b: Values,
+    clusters: Clusters | None = None,
+    *,
+    confidence: float = 0.95,
+    test: Literal["auto", "permutation"] = "auto",
+) -> Comparison:
+    """Compare two runs row by row, which removes what the questions have in common (Miller 2024, section 4).
+
+    auto takes McNemar's exact test for 0/1 values, else a t test of the differences, with the clustered error where
+    there are clusters. permutation flips signs, cluster by cluster. The interval is always the differences' t.
+
+    Args:
+        a, b: scores of the same rows in the same order.
+        clusters: one label per row; None where rows are independent.
+
+    Raises:
+        ValueError: lengths differ, or a value is not finite.
+    """
+    x, y = _finite(a), _finite(b)
+    if len(x) != len(y):
+        raise ValueError(f"{len(x)} and {len(y)} values cannot be paired")
+    d = y - x
+    codes, count = _codes(clusters, len(d))
+    mean = float(d.mean()) if len(d) else None
+    se = _standard_error(d, codes, count)
+    half = None if se is None else _t(count, confidence) * se
+    low, high = (None, None) if mean is None or half is None else (mean - half, mean + half)
+    how = "too few values" if half is None else "t of differences" + ("" if count == len(d) else ", clustered")
+    difference = Interval(mean, low, high, se, len(d), count, how, confidence)
+    only_a, only_b = int((d < 0).sum()), int((d > 0).sum())
+    binary = _is_binary(x) and _is_binary(y) and count == len(d)
+    p_value, name = _test(d, codes, count, se, "permutation" if test == "permutation" else "mcnemar" if binary else "t")
+    varies = len(d) > 1 and min(float(x.std()), float(y.std())) > ROUNDING
+    return Comparison(
+        mean_a=float(x.mean()) if len(x) else None,
+        mean_b=float(y.mean()) if len(y) else None,
+        difference=difference,
+        p_value=p_value,
+        test=name,
+        only_a=only_a,
+        only_b=only_b,
+        correlation=float(np.corrcoef(x, y)[0, 1]) if varies else None,
+    )
 
 
 def pass_at_k(samples: Values, correct: Values, k: int) -> Floats:
@@ -137,12 +224,6 @@ def _is_binary(x: Floats) -> bool:
 
 
 def _standard_error(x: Floats, codes: npt.NDArray[np.intp], count: int) -> float | None:
-    """Of the mean; None with fewer than two clusters.
-
-    Clustered: sqrt(G/(G−1) · Σ_g (Σ_{i∈g} (x_i − x̄))²) / n. Miller 2024, section 2.2, with the finite-sample
-    factor G/(G−1) on the whole sum (CR1), which his form puts on its diagonal only: slightly wider with few
-    clusters, and equal to s/√n, as his, where each row is its own cluster.
-    """
     if count < 2:
         return None
     sums = np.bincount(codes, weights=x - x.mean(), minlength=count)
@@ -168,3 +249,52 @@ def _effective_n(n: int, mean: float, se: float | None, count: int, confidence: 
         return float(count)
     adjust = (_t(n, confidence) / _t(count, confidence)) ** 2
     return min(float(n), max(1.0, mean * (1 - mean) / se**2 * adjust))
+
+
+def _bootstrap(
+    x: Floats, codes: npt.NDArray[np.intp], count: int, confidence: float
+) -> tuple[float | None, float | None]:
+    if count < 2:
+        return None, None
+    sums, sizes = np.bincount(codes, weights=x, minlength=count), np.bincount(codes, minlength=count)
+    found = stats.bootstrap(
+        (sums, sizes),
+        lambda s, n, axis: s.sum(axis=axis) / n.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=max(1, 10_000_000 // count),
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(SEED),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def _test(
+    d: Floats, codes: npt.NDArray[np.intp], count: int, se: float | None, kind: Literal["mcnemar", "t", "permutation"]
+) -> tuple[float | None, str]:
+    """Two-sided p-value of a zero mean difference, and the test's name."""
+    if not len(d):
+        return None, "no rows"
+    if kind == "mcnemar":
+        discordant = int((d != 0).sum())
+        p = stats.binomtest(int((d > 0).sum()), discordant, 0.5).pvalue if discordant else 1.0
+        return float(p), "McNemar, exact"
+    if count < 2 or se is None:
+        return None, "too few values"
+    sums = np.bincount(codes, weights=d, minlength=count)
+    # t has no answer where all differences are one number; flipping signs has.
+    if kind == "permutation" or se < ROUNDING:
+        result = stats.permutation_test(
+            (sums, np.zeros(count)),
+            lambda s, zero, axis: (s - zero).sum(axis=axis),
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            batch=max(1, 10_000_000 // count),
+            rng=np.random.default_rng(SEED),
+        )
+        return float(result.pvalue), "permutation of signs" + ("" if count == len(d) else " by cluster")
+    p = 2 * stats.t.sf(abs(float(d.mean())) / se, count - 1)
+    return float(p), "paired t" + ("" if count == len(d) else ", clustered")

@@ -16,7 +16,7 @@ import pytest
 from actors.errors import InputError
 from actors.messages import Numerics, Step, Task, Trajectory, Usage
 from pipeline import tables
-from pipeline.report import metrics, summarize, write_report
+from pipeline.report import compare, metrics, summarize, write_report
 from pipeline.rescore import rescore
 from pipeline.run import opened
 from pipeline.scoring import Scored
@@ -349,6 +349,16 @@ def test_the_environment_is_not_shown(tmp_path: Path):
     page = (tmp_path / "report.html").read_text()
     assert "WIKI_TOKEN" in page
     assert "s3cret" not in page
+
+
+def test_two_runs_are_compared_on_what_they_share(tmp_path: Path):
+    a = store(tmp_path / "a", [trajectory(i, kind="wrong") for i in range(10)])
+    b = store(tmp_path / "b", [trajectory(i, kind="right" if i < 8 else "wrong") for i in range(12)])
+    found = compare(a, b)
+    assert (found["only_a"], found["only_b"], found["difference"]["n"]) == (0, 8, 10)
+    assert found["difference"]["mean"] == pytest.approx(0.8)
+    assert found["p_value"] == pytest.approx(2 / 2**8)
+    assert (found["rows_only_in_a"], found["rows_only_in_b"]) == (0, 2)
 
 
 def test_a_hundred_thousand_rows(tmp_path: Path):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.stats import interval, pass_at_k
+from pipeline.stats import interval, paired, pass_at_k, standard_error
 
 binary = st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=60)
 scores = st.lists(st.floats(0, 1, allow_subnormal=False), min_size=2, max_size=40)
@@ -51,7 +51,7 @@ def test_t_interval_of_a_known_sample():
 @given(scores)
 def test_clustered_equals_plain_where_clusters_are_singletons(values):
     plain = np.std(values, ddof=1) / math.sqrt(len(values))
-    assert interval(values).se == pytest.approx(plain, abs=1e-12)
+    assert standard_error(values, range(len(values))) == pytest.approx(plain, abs=1e-12)
     assert interval(values, list(range(len(values)))) == interval(values)
 
 
@@ -64,14 +64,14 @@ def test_clustered_error_is_millers_up_to_the_small_sample_factor(pairs):
     d = x - x.mean()
     cross = sum(d[i] * d[j] for i, j in itertools.permutations(range(n), 2) if group[i] == group[j])
     diagonal = float((d**2).sum())
-    ours = interval(x, group).se
+    ours = standard_error(x, group)
     assert ours**2 == pytest.approx(count / (count - 1) * (diagonal + cross) / n**2, abs=1e-12)
 
 
 def test_duplicated_rows_add_no_certainty():
     values, twice = [0.0, 0.2, 0.9, 0.4], np.repeat([0.0, 0.2, 0.9, 0.4], 5)
     clusters = np.repeat(list("abcd"), 5)
-    assert interval(twice, clusters).se == pytest.approx(interval(values).se)
+    assert standard_error(twice, clusters) == pytest.approx(standard_error(values))
     right = interval(np.repeat([1.0, 0.0, 1.0, 1.0, 0.0, 1.0], 50), np.repeat(list("abcdef"), 50))
     alone = interval([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
     assert right.method == "Wilson, clustered"
@@ -100,11 +100,69 @@ def test_intervals_cover():
     assert hits["clustered"] / 400 > 0.91
 
 
+def test_bootstrap_agrees_with_t_and_respects_clusters():
+    x = np.random.default_rng(0).random(200)
+    t, boot = interval(x), interval(x, method="bootstrap")
+    assert (boot.low, boot.high) == pytest.approx((t.low, t.high), abs=0.01)
+    assert boot == interval(x, method="bootstrap")
+    wide = interval(np.repeat(x[:40], 5), np.repeat(np.arange(40), 5), method="bootstrap")
+    assert (wide.low, wide.high) == pytest.approx((interval(x[:40]).low, interval(x[:40]).high), abs=0.02)
+    assert interval([0.3], method="bootstrap").low is None
+    assert interval([], method="bootstrap").mean is None
+
+
 def test_what_cannot_be_averaged_is_refused():
     with pytest.raises(ValueError, match="finite"):
         interval([1.0, math.nan])
     with pytest.raises(ValueError, match="cluster"):
         interval([1.0, 0.0], ["a"])
+
+
+def test_mcnemar():
+    # 10 discordant, 8 to 2: two-sided binomial 2·(1+10+45)/1024.
+    a = [1.0] * 2 + [0.0] * 8 + [1.0] * 20
+    b = [0.0] * 2 + [1.0] * 8 + [1.0] * 20
+    found = paired(a, b)
+    assert (found.only_a, found.only_b, found.test) == (2, 8, "McNemar, exact")
+    assert found.p_value == pytest.approx(112 / 1024)
+    assert found.difference.mean == pytest.approx(0.2)
+    assert paired(a, a).p_value == 1.0
+
+
+def test_paired_t_of_a_known_sample():
+    # Student 1908: dextro against laevo, t = 4.0621, p = 0.00283.
+    dextro = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+    laevo = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+    found = paired(dextro, laevo)
+    assert found.p_value == pytest.approx(0.00283, abs=1e-5)
+    assert (found.difference.low, found.difference.high) == pytest.approx((0.70, 2.46), abs=5e-3)
+    assert found.correlation == pytest.approx(0.7952, abs=1e-4)
+    permuted = paired(dextro, laevo, test="permutation")
+    assert permuted.test == "permutation of signs"
+    assert permuted.p_value < 0.02
+
+
+@given(scores, st.randoms(use_true_random=False))
+def test_pairing_is_antisymmetric(values, random):
+    other = [random.random() for _ in values]
+    forth, back = paired(values, other), paired(other, values)
+    assert forth.difference.mean == pytest.approx(-back.difference.mean)
+    assert forth.p_value == pytest.approx(back.p_value)
+
+
+def test_pairing_with_clusters_and_few_rows():
+    a, b = np.tile([0.1, 0.5, 0.3, 0.2], 3), np.tile([0.2, 0.4, 0.6, 0.4], 3)
+    labels = np.tile(list("abcd"), 3)
+    assert paired(a, b, labels).p_value == pytest.approx(paired(a[:4], b[:4]).p_value)
+    assert "cluster" in paired(a, b, labels).test
+    assert "cluster" in paired(np.round(a), np.round(b), labels).test
+    assert paired([], []).p_value is None
+    assert paired([], []).mean_a is None
+    assert paired([0.1], [0.3]).p_value is None
+    assert paired([0.5, 0.5], [0.7, 0.7]).p_value == pytest.approx(0.5)  # signs: 2 of 4
+    assert paired([0.1, 0.3, 0.6], [0.3, 0.5, 0.8]).p_value == pytest.approx(0.25)  # equal up to rounding
+    with pytest.raises(ValueError, match="paired"):
+        paired([1.0], [1.0, 0.0])
 
 
 @settings(deadline=None)
