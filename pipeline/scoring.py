@@ -5,7 +5,6 @@ Knows nothing of storage, Ray or models. Scoring needs no GPU and may be repeate
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import inspect
 import math
@@ -14,9 +13,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from importlib.util import resolve_name
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -179,44 +176,19 @@ def load_scorer(spec: str, base: str | Path) -> Scorer:
         return Scorer(spec, BUILTIN[spec], _digest(spec, source), builtin=True)
     if ":" not in spec:
         raise InputError("no such scorer", field="scorers", got=spec, wants=", ".join((*BUILTIN, "module:callable")))
-    from actors.tools.load import load_attribute  # here, so that tables and reports load no tools
+    from actors.tools.load import load_attribute, sources  # here, so that tables and reports load no tools
 
     function: Any = load_attribute(spec, Path(base), "scorers")
     if not isinstance(function, Callable):
         raise InputError("not callable", field="scorers", got=spec, wants="(trajectory, gold) -> {metric: number}")
     owner: Any = function if inspect.isroutine(function) else type(function)
     file = inspect.getsourcefile(owner)
-    files = ([Path(file).resolve()] if file else []) + _modules(spec.partition(":")[0], Path(base))
-    source = "".join(path.read_bytes().decode("utf-8", "replace") for path in dict.fromkeys(files)) or spec
+    place = Path(base).joinpath(*spec.partition(":")[0].split("."))
+    starts = [Path(file)] if file else []
+    starts += [path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()]
+    files = set[Path]().union(*(sources(start.resolve(), Path(base).resolve()) for start in starts))
+    source = "".join(path.read_bytes().decode("utf-8", "replace") for path in sorted(files)) or spec
     return Scorer(spec, function, _digest(spec, source), builtin=False)
-
-
-def _modules(name: str, base: Path) -> list[Path]:
-    """Files of a module and of all that it imports, at its top or later, where they are in the folder `base`."""
-    files: set[Path] = set()
-    seen: set[str] = set()
-    left = [name]
-    while left:
-        name = left.pop()
-        package = name.rpartition(".")[0]
-        if not name or name in seen:
-            continue
-        seen.add(name)
-        left.append(package)
-        place = base.joinpath(*name.split("."))
-        file = next((file for file in (place / "__init__.py", place.with_suffix(".py")) if file.is_file()), None)
-        if file is None:  # not this folder's, or an attribute of a module
-            continue
-        files.add(file.resolve())
-        package = name if file.name == "__init__.py" else package
-        with suppress(ImportError, SyntaxError):  # of what is imported late, if ever
-            for node in ast.walk(ast.parse(file.read_bytes())):
-                if isinstance(node, ast.Import):
-                    left += [alias.name for alias in node.names]
-                elif isinstance(node, ast.ImportFrom):
-                    start = resolve_name("." * node.level + (node.module or ""), package)
-                    left += [start, *(f"{start}.{alias.name}" for alias in node.names)]
-    return sorted(files)
 
 
 def load_scorers(specs: Sequence[str], base: str | Path) -> tuple[Scorer, ...]:

@@ -169,7 +169,7 @@ def _user_tool(options: _Use, base: Path, field: str, file: str) -> Tool:
             raise InputError(f"the environment variable {name} is not set", file=file, field=f"{field}.env")
     target = load_attribute(options.use, base, f"{field}.use", file)
     source = getattr(sys.modules.get(getattr(target, "__module__", "")), "__file__", None)
-    files = _sources(Path(source), base, set()) if source else ()
+    files = sources(Path(source), base) if source else ()
     return declare(
         target,
         name=options.use.rpartition(":")[2].rpartition(".")[2],
@@ -185,8 +185,12 @@ def _user_tool(options: _Use, base: Path, field: str, file: str) -> Tool:
     )
 
 
-def _sources(source: Path, base: Path, found: set[Path]) -> set[Path]:
-    """A module's file and those of the folder that it imports, wherever in it the imports stand."""
+def sources(source: Path, base: Path, found: set[Path] | None = None) -> set[Path]:
+    """A module's file and those of the folder `base` that it imports, wherever in them the imports stand.
+
+    Read from the source, not from `sys.modules`, whose content depends on what else the process has loaded.
+    """
+    found = set[Path]() if found is None else found
     found.add(source)
     if source.suffix != ".py" or not source.is_relative_to(base):
         return found
@@ -194,6 +198,9 @@ def _sources(source: Path, base: Path, found: set[Path]) -> set[Path]:
         nodes = ast.walk(ast.parse(source.read_bytes()))
     except (SyntaxError, ValueError):  # whoever imports it will hear of it
         return found
+    for package in source.relative_to(base).parents[:-1]:
+        if (file := base / package / "__init__.py").is_file() and file not in found:
+            sources(file, base, found)
     for node in nodes:
         names: list[str] = []
         start = base
@@ -207,7 +214,7 @@ def _sources(source: Path, base: Path, found: set[Path]) -> set[Path]:
             for path in [start.joinpath(*parts[:n]) for n in range(1, len(parts) + 1)]:
                 for file in (path.with_suffix(".py"), path / "__init__.py"):
                     if file.is_file() and file not in found:
-                        _sources(file, base, found)
+                        sources(file, base, found)
     return found
 
 
