@@ -143,7 +143,7 @@ def next_rung(
         shortage: for the reason.
     """
     where = f"{cause} on {standing.pool} (tensor parallel {standing.tp}, batch {standing.max_batch})"
-    numbers = f"{where}: {shortage or Shortage()}"
+    numbers = where if shortage in (None, Shortage()) else f"{where}: {shortage}"
     if standing.attempts >= max_attempts:
         return GiveUp(f"{standing.attempts} of {max_attempts} attempts are used; the last: {numbers}")
     if cause in _NOT_MEMORY:

@@ -330,7 +330,7 @@ class Attempts:
             OutOfMemory: nowhere; with the numbers and with why each rung is closed.
         """
         sizes = self.job.pools
-        pool = self.pool or next(iter(sizes))
+        pool = self.wanted or self.pool or next(iter(sizes))
         found = next_rung(
             error.stage,
             Standing(pool, sizes[pool], attempts=self.tries),

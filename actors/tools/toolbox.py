@@ -43,7 +43,7 @@ class ToolResult:
         observation: what the model is shown.
         seconds: from the call to the observation.
         error: what went wrong; None if nothing did.
-        crashed: the tool broke (a bug, a hung pool), not the model's doing: infrastructure.
+        crashed: the tool broke (a bug, a hung pool), not the model's doing.
     """
 
     observation: str

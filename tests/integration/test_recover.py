@@ -86,9 +86,9 @@ def test_a_model_that_fits_no_single_gpu_starts_sharded(tmp_path):
 def test_a_larger_pool_that_cannot_start_fails_the_rows_that_need_it_alone(tmp_path):
     said, frame, _ = scripted(tmp_path, "out", 60, oom={"q3/0": [2, 1]}, load=[1, 1])
     assert (frame["status"] == "failed").sum() == 1
-    assert "pool pair cannot start" in frame.loc["q3/0", "error"]
+    assert "the weights do not fit 2 GPUs; load on pair (tensor parallel 2" in frame.loc["q3/0", "error"]
     assert frame.loc["q3/0", "attempts"] <= 3
-    assert "pools      single 2, pair 0" in said
+    assert "pools      single 0, pair 1" in said
 
 
 @pytest.mark.parametrize(
