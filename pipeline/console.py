@@ -106,6 +106,6 @@ def duration(seconds: float) -> str:
 
 
 def eta(done: int, before: int, total: int, elapsed_s: float) -> str:
-    """Time left at the pace of this session, `before` rows being done when it started."""
+    """Time left at the pace of this session, `before` rows being done when it started; unknown until five more are."""
     fresh = done - before
-    return "ETA ?" if fresh <= 0 else f"ETA {duration((total - done) * elapsed_s / fresh)}"
+    return "ETA ?" if fresh < min(5, total - before) else f"ETA {duration((total - done) * elapsed_s / fresh)}"
