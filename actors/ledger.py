@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 REPORT_S = 1.0
 PLACE_S = 0.005  # requests of this time are decided together
+RENEW_S = 10.0  # an agent's leases, all together
 ANSWER_S = 30.0  # an asker that nobody can serve is told to ask again, which shows that it lives
 NAMESPACE = "berth"
 
@@ -73,7 +74,7 @@ class Ledger:
 
     Args:
         pools: name → pages of one replica where that is known before any has started; small pools first.
-        lease_s: a lease that nobody renews for so long ends.
+        lease_s: a lease that nobody renews for so long ends: a dead agent's rows make room for those that go on.
         dead_s: a replica that has not reported for so long is gone.
         settle_s: after a restart, how long replicas have to report before anybody is given a new home.
     """
@@ -82,7 +83,7 @@ class Ledger:
         self,
         pools: Mapping[str, int | None],
         *,
-        lease_s: float = 900.0,
+        lease_s: float = 60.0,
         dead_s: float = 15.0,
         settle_s: float = 3.0,
         aging_s: float = 300.0,
@@ -118,8 +119,8 @@ class Ledger:
         return lease
 
     async def do(self, requests: Sequence[tuple[str, tuple[Any, ...]]]) -> list[Any]:
-        """Several `ask`, `replied` and `end` at once, (name, arguments) each, in order: a Lease or None, or an error as
-        a value. Waits for nobody: None to an `ask` means that `acquire` has to."""
+        """Several `ask`, `replied`, `renew` and `end` at once, (name, arguments) each, in order: a Lease or None, or an
+        error as a value. Waits for nobody: None to an `ask` means that `acquire` has to."""
         answers = [self._answer(getattr(self, name), arguments) for name, arguments in requests]
         new = [i for i, (name, _) in enumerate(requests) if name == "ask" and answers[i] is None]
         if new and time.monotonic() >= self.settled_s:
@@ -147,6 +148,10 @@ class Ledger:
     def replied(self, row_id: str, attempt: int, tokens: int) -> None:
         """A call is answered: the row holds so many tokens and waits for its tool."""
         self.core.replied(row_id, attempt, tokens, time.monotonic())
+
+    def renew(self, row_ids: Sequence[str]) -> None:
+        """These trajectories are being rolled out, whatever they wait for; said each RENEW_S."""
+        self.core.renew(row_ids, time.monotonic())
 
     def end(self, row_id: str, attempt: int) -> None:
         """A trajectory is over; its home frees what its agent could not end there."""

@@ -701,6 +701,14 @@ class Placement:
                 gone.append((row_id, home))
         return gone
 
+    def renew(self, row_ids: Iterable[str], now_s: float) -> None:
+        """Leases of these rows go on; unknown rows are ignored."""
+        for row_id in row_ids:
+            if row_id in self.where:
+                pool = self.where[row_id][0]
+                if (row := pool.slot.get(row_id)) is not None:
+                    pool.deadline_s[row] = now_s + pool.lease_s
+
     def place(self, now_s: float) -> list[str]:
         """Give homes to waiting rows while any fits; their ids."""
         granted = [pool.row_id[row] for pool in self.pools.values() for row in pool.place(now_s)]

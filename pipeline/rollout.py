@@ -113,6 +113,7 @@ class Agents:
         self.scoring = ThreadPoolExecutor(2, "scoring")
         self.handles = {pool: serve.get_deployment_handle(pool, job.app) for pool in job.pools}
         self.running: asyncio.Semaphore | None = None
+        self.rolled: set[str] = set()
         self._journal = Batched(self._send_journal, BATCH_S)
         self.lease = Batched(self._send_leases, BATCH_S)
         self._endings = Batched(self._send_endings, 10 * BATCH_S)
@@ -151,6 +152,7 @@ class Agents:
         """One table of finished rows for each table of manifest rows; rows that a stop kept back are left out."""
         if self.running is None:
             self.running = asyncio.Semaphore(self.job.concurrent)
+            self.renewing = asyncio.create_task(self._renew())
         found = await asyncio.gather(*(self._row(row) for row in batch.to_pylist()))
         yield rows_to_table([row for row in found if row is not None], RESULTS)
 
@@ -161,8 +163,19 @@ class Agents:
             async with self.running:
                 begun = await row.begin()
                 if begun.wait_s is None:
-                    return await row.run(begun)
+                    self.rolled.add(row.task.row_id)
+                    try:
+                        return await row.run(begun)
+                    finally:
+                        self.rolled.discard(row.task.row_id)
             await asyncio.sleep(begun.wait_s)
+
+    async def _renew(self) -> None:
+        """While this process lives, so do the leases of its rows."""
+        while True:
+            await asyncio.sleep(ledger.RENEW_S)
+            with contextlib.suppress(RayError):  # the ledger is being restarted
+                await self.lease(("renew", (tuple(self.rolled),)))
 
     def cut(self, text: str, max_tokens: int) -> str:
         """`text`, or its beginning of `max_tokens` tokens."""

@@ -64,7 +64,7 @@ class Local(rollout.Agents):
 
     def __init__(self, prepared, job, folder, engine):
         self.job, self.tokenizer, self.tools, self.scorers = job, prepared.tokenizer, prepared.tools, prepared.scorers
-        self.threads, self.scoring, self.running = ToolThreads(), ThreadPoolExecutor(1), None
+        self.threads, self.scoring, self.running, self.rolled = ToolThreads(), ThreadPoolExecutor(1), None, set()
         self.forecaster, self.handles = job.forecaster, {"single": Handle(engine)}
         self.books = Ledger({"single": None})
         self.ledger = SimpleNamespace(

@@ -88,3 +88,16 @@ async def test_a_replica_says_what_it_holds_and_frees_what_it_is_told_to(monkeyp
     await asyncio.sleep(0.1)
     assert ended == ["a"]
     assert list(reporter.residents) == ["b"]
+
+
+async def test_leases_that_no_agent_renews_make_room():
+    made = Ledger({"single": None}, lease_s=0.5, dead_s=60.0)
+    await made.report(Report("single", "r0", 90, PAGE, 2))
+    await made.do([("ask", (ask("dead"),)), ("ask", (ask("alive"),))])
+    actor = SimpleNamespace(acquire=SimpleNamespace(remote=made.acquire))
+    third = asyncio.create_task(Leased(actor, Batched(made.do, 0.001), "third", "s").acquire(1, forecast(), 1_800))
+    for _ in range(25):
+        await asyncio.sleep(0.1)
+        await made.do([("renew", (("alive", "third", "unknown"),))])
+    assert (await third).replica == "r0"
+    assert set((await made.state())["homes"]) == {"alive", "third"}
