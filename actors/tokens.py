@@ -86,6 +86,11 @@ class Codec:
             for text, ids in zip(texts, found, strict=True)
         ]
 
+    def cut(self, text: str, most: int) -> str:
+        """`text`, or its beginning of so many tokens."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return text if len(ids) <= most else self.tokenizer.decode(ids[:most])
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids that continue a text: a leading space is kept, special tokens are written out."""
         return self._decode([*self._anchor, *ids])[self._anchor_chars :]

@@ -25,6 +25,7 @@ from actors.engine import Engine, EngineSpec, Request, build
 from actors.engine.loader import stop_token_ids
 from actors.messages import Generation, Sampling, Task, Trajectory, Turn
 from actors.stopping import TurnMatcher
+from actors.tokens import codec_of
 from actors.tools import Toolbox, ToolThreads
 from pipeline.config import load_run
 from pipeline.preflight import Prepared, limits_of, prepare, transcript
@@ -47,12 +48,8 @@ async def roll(prepared: Prepared, engine: Engine, task: Task, threads: ToolThre
         generation = await asyncio.wrap_future(engine.submit(request))
         return replace(generation, finish_reason="stage") if matcher.reason == "stage" else generation
 
-    def cut(text: str, max_tokens: int) -> str:
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        return text if len(ids) <= max_tokens else tokenizer.decode(ids[:max_tokens])
-
     limits = limits_of(config, prepared.suite, prepared.model_len)
-    toolbox = Toolbox(prepared.tools, task, cut, threads)
+    toolbox = Toolbox(prepared.tools, task, codec_of(tokenizer).cut, threads)
     prompt = transcript(config, prepared.suite, prepared.tools, tokenizer, task)
     try:
         trajectory = await Rollout(task, prompt, generate, toolbox.call, limits).run()

@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import time
 import uuid
 from collections import defaultdict
@@ -31,6 +32,9 @@ MERGE_OBJECTS = 64
 ALONE_WAIT_S = 1.0
 AWAY_S = 600.0
 """How long an object store may be away; a local disk that refuses a write ends the run at once."""
+
+RECORD_FILE = re.compile(r"\d{20}-[0-9a-f]{8}(-merged)?\.jsonl(\.\d+\.tmp)?")
+"""Names of the objects, and of what a write that was cut off leaves."""
 
 RECORDS = pa.schema(
     [(name, pa.string()) for name in ("kind", "row_id", "pool", "rung", "replica", "status", "cause")]

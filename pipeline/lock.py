@@ -136,7 +136,8 @@ class _Objects:
                     if seen.get(name, at) != at:
                         raise self._conflict(name)
                     if name not in seen:
-                        waiting(f"{self._owner(name)} may have been killed; looking for up to {EXPIRY_S:.0f} s")
+                        owner = self._owner(name) or "a process"
+                        waiting(f"{owner} may have been killed; looking for up to {EXPIRY_S:.0f} s")
                 seen |= before
                 time.sleep(BEAT_S / 2)
             if rivals := [name for name in self._write(self.hold) if name.startswith("hold-")]:

@@ -68,7 +68,7 @@ def prepare(config: RunConfig) -> Prepared:
     Raises:
         InputError: the first thing that cannot be used, or every row that cannot (`bad_rows: stop`).
     """
-    from actors.engine.loader import load_config, load_tokenizer, pinned_adapter, resolve
+    from actors.engine.loader import load_config, load_tokenizer, pinned_adapter, recorded_revision, resolve
 
     _check_built(config)
     suite = load_suite(config.suite, config.data)
@@ -85,10 +85,9 @@ def prepare(config: RunConfig) -> Prepared:
 
     # Weights of a repository are the replicas' business: the machine that submits may have no room for them.
     model = resolve(config.model.id, config.model.revision, weights=Path(config.model.id).is_absolute())
-    pinned, model_revision = {"revision": model.revision}, model.revision
+    pinned = {"revision": model.revision}
     if config.model.adapter is not None:
-        pinned["adapter"], revision = pinned_adapter(config.model.adapter)
-        model_revision += f"+{revision}"
+        pinned["adapter"], _ = pinned_adapter(config.model.adapter)
     config = config.model_copy(update={"model": config.model.model_copy(update=pinned)})
     trusted = config.model.trust_remote_code
     model_config = load_config(model.folder, trust_remote_code=trusted)
@@ -111,7 +110,7 @@ def prepare(config: RunConfig) -> Prepared:
         scorers=scorers,
         tokenizer=tokenizer,
         model_folder=model.folder,
-        model_revision=model_revision,
+        model_revision=recorded_revision(model.revision, config.model.adapter),
         model_len=model_len,
         facts=_facts(config, suite, rows, tools, scorers, tokenizer),
         prompt_tokens=prompt_tokens,

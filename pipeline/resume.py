@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import posixpath
-import re
 from collections.abc import Callable, Collection
 
 import pyarrow as pa
@@ -18,10 +17,8 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileSelector, FileSystem
 
 from actors.errors import RunConflict
-from pipeline.journal import Journal
+from pipeline.journal import RECORD_FILE, Journal
 from pipeline.tables import ATTEMPTS, RESULTS, filesystem, read_table, table_files, write_table
-
-_RECORDS = re.compile(r"\d{20}-[0-9a-f]{8}(-merged)?\.jsonl(\.\d+\.tmp)?")
 
 
 def reconcile(out: str, tell: Callable[[str], None]) -> set[str]:
@@ -102,7 +99,7 @@ def clear_journal(out: str) -> None:
     for info in found:
         if info.base_name == "checkpoint":
             fs.delete_dir(info.path)
-        elif _RECORDS.fullmatch(info.base_name):
+        elif RECORD_FILE.fullmatch(info.base_name):
             fs.delete_file(info.path)
     left = fs.get_file_info(FileSelector(folder, recursive=True, allow_not_found=True))
     if found and not any(info.is_file for info in left):

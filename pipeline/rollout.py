@@ -41,6 +41,7 @@ from actors.ladder import GiveUp, Hardware, Shortage, Standing, next_rung
 from actors.messages import Call, Forecast, Generation, Numerics, Reply, Sampling, Trajectory
 from actors.placement import own_pages
 from actors.router import session_id
+from actors.tokens import codec_of
 from pipeline import preflight
 from pipeline.batched import Batched
 from pipeline.config import RunConfig
@@ -177,11 +178,6 @@ class Agents:
             with contextlib.suppress(RayError):  # the ledger is being restarted
                 await self.lease(("renew", (tuple(self.rolled),)))
 
-    def cut(self, text: str, max_tokens: int) -> str:
-        """`text`, or its beginning of `max_tokens` tokens."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return text if len(ids) <= max_tokens else self.tokenizer.decode(ids[:max_tokens])
-
 
 class _Stopped(Exception):
     """The run is stopping, or another attempt of the row has finished: nothing is to be recorded."""
@@ -246,7 +242,7 @@ class Attempts:
         from actors.replay import Replayed
         from actors.tools import Toolbox
 
-        toolbox = Toolbox(self.agents.tools, self.task, self.agents.cut, self.agents.threads)
+        toolbox = Toolbox(self.agents.tools, self.task, codec_of(self.agents.tokenizer).cut, self.agents.threads)
         transcript = preflight.transcript(
             self.job.config, self.job.suite, self.agents.tools, self.agents.tokenizer, self.task
         )

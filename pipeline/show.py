@@ -15,7 +15,7 @@ from rich.text import Text
 
 from pipeline.config import AgentConfig, RunConfig
 from pipeline.console import Screen, clean, duration
-from pipeline.preflight import Prepared, transcript
+from pipeline.preflight import Prepared, limits_of, transcript
 from pipeline.tables import RESULTS, TASKS, read_bytes, read_table
 
 
@@ -128,7 +128,7 @@ def show_prompts(screen: Screen, prepared: Prepared, count: int) -> None:
         screen.line(
             "tokens",
             f"prompt {made.prompt_tokens:,}; a turn at most {made.turn().max_tokens:,}; trajectory at most "
-            f"{min(prepared.suite.config.limits.trajectory_tokens, prepared.model_len):,}; "
+            f"{limits_of(config, prepared.suite, prepared.model_len).tokens:,}; "
             f"the model takes {prepared.model_len:,}",
         )
 

@@ -223,6 +223,11 @@ def read_rows(suite: Suite, run: RunConfig) -> Rows:
 
 def _tasks(suite: Suite, run: RunConfig, rejects: list[Reject], digest: Any) -> Iterator[Task]:
     """The tasks; the rows that are none go to `rejects`, what was read to `digest`."""
+    config = suite.config
+    paragraphs = [name for name in map(_paragraphs, config.tools) if name]
+    wanted = [(name, "prompt.user") for name in named_fields(config.prompt.user)]
+    wanted += [(name, "search.paragraphs") for name in paragraphs]
+    wanted += [(config.cluster_by, "cluster_by")] if config.cluster_by else []
     lines: dict[str, int] = {}
     columns: dict[str, None] = {}
     for line, raw, row in raw_rows(suite):
@@ -233,7 +238,7 @@ def _tasks(suite: Suite, run: RunConfig, rejects: list[Reject], digest: Any) -> 
             rejects.append(Reject(suite.data, line, None, row, raw[:2000]))
             continue
         columns |= dict.fromkeys(row)
-        task, field, reason = _task(suite.config, row, line)
+        task, field, reason = _task(config, wanted, paragraphs, row, line)
         if task is None:
             rejects.append(Reject(suite.data, line, field, reason, raw[:2000]))
             continue
@@ -247,7 +252,7 @@ def _tasks(suite: Suite, run: RunConfig, rejects: list[Reject], digest: Any) -> 
             )
         lines[task.task_id] = line
         yield from (_sample(task, sample, run.seed) for sample in range(run.samples))
-    for name in suite.config.fields.metadata if columns else ():
+    for name in config.fields.metadata if columns else ():
         if name not in columns:
             raise InputError(
                 "no row has it" + _known(name, columns), file=suite.data, field="fields.metadata", got=name
@@ -260,21 +265,22 @@ def _sample(task: Task, sample: int, seed: int) -> Task:
     return replace(drawn, seed=int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _task(config: SuiteConfig, row: Mapping[str, Any], line: int) -> tuple[Task | None, str | None, str]:
-    """One row as a Task, or the field and the reason why not."""
-    fields, asked = config.fields, named_fields(config.prompt.user)
-    paragraphs = [name for name in map(_paragraphs, config.tools) if name]
+def _task(
+    config: SuiteConfig, wanted: Iterable[tuple[str, str]], paragraphs: Iterable[str], row: Mapping[str, Any], line: int
+) -> tuple[Task | None, str | None, str]:
+    """One row as a Task, or the field and the reason why not.
+
+    Args:
+        wanted: columns that there must be, and what names each.
+        paragraphs: of them those that hold lists.
+    """
+    fields = config.fields
     for name in (fields.id, fields.question, fields.gold):
         if name is not None and row.get(name) is None:
             return None, name, "is null" if name in row else "missing" + _known(name, row)
-    for names, field in (
-        (asked, "prompt.user"),
-        (paragraphs, "search.paragraphs"),
-        ([config.cluster_by], "cluster_by"),
-    ):
-        for name in names:
-            if name and name != "question" and name not in row:
-                return None, name, f"missing; {field} names it{_known(name, row)}"
+    for name, field in wanted:
+        if name != "question" and name not in row:
+            return None, name, f"missing; {field} names it{_known(name, row)}"
     question = row[fields.question]
     if not isinstance(question, str):
         return None, fields.question, f"is {type(question).__name__}, wants text"

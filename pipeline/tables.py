@@ -407,10 +407,13 @@ def write_bytes(data: bytes, uri: str | Path) -> None:
 def read_bytes(uri: str | Path) -> bytes | None:
     """A file's content; None where there is none."""
     fs, path = filesystem(uri)
-    if not fs.get_file_info(path).is_file:
+    try:
+        if not fs.get_file_info(path).is_file:
+            return None
+        with fs.open_input_stream(path) as stream:
+            return stream.read()
+    except FileNotFoundError:  # removed since it was seen
         return None
-    with fs.open_input_stream(path) as stream:
-        return stream.read()
 
 
 @contextmanager

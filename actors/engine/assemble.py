@@ -82,7 +82,7 @@ def build(spec: EngineSpec) -> PagedEngine:
         raise OutOfMemory(f"the weights of {spec.model} do not fit this GPU: {e}", "load") from e
     return over_model(
         model,
-        revision=found.revision + (f"+{loader.resolve_adapter(spec.adapter).revision}" if spec.adapter else ""),
+        revision=loader.recorded_revision(found.revision, spec.adapter),
         max_model_len=spec.max_model_len,
         max_batch=spec.max_batch,
         max_prefill_tokens=spec.max_prefill_tokens,

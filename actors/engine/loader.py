@@ -124,6 +124,11 @@ def pinned_adapter(id: str) -> tuple[str, str]:
     return f"{_adapter(id)[0]}@{revision}", revision
 
 
+def recorded_revision(revision: str, adapter: str | None) -> str:
+    """What rows record of a model of this revision: its adapter's stands behind a `+`."""
+    return revision if adapter is None else f"{revision}+{resolve_adapter(adapter).revision}"
+
+
 def _adapter(id: str) -> tuple[str, str | None]:
     name, at, revision = id.rpartition("@")
     return (name, revision) if at and not Path(id).expanduser().is_dir() else (id, None)

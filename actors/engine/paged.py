@@ -276,16 +276,16 @@ class PagedEngine:
             self._recover(work, failure)
             return
         now_s = self._clock()
-        sizes = [part.count + len(part.drafts) for part in work]
+        token_s = (now_s - started_s) / sum(part.tokens for part in work)
         samples = [part.sample for part in work]
         results = iter(drawn)
         scheduler.commit(work)
-        for part, size, sample in zip(work, sizes, samples, strict=True):
+        for part, sample in zip(work, samples, strict=True):
             row, result = part.row, next(results)
             further = list(islice(results, len(part.drafts)))
-            row.gpu_s += (now_s - started_s) * size / sum(sizes)
+            row.gpu_s += token_s * part.tokens
             row.batch_max = max(row.batch_max, len(work))
-            if size > 1 or not row.peak_pages or (row.done - 1) % self._page_tokens == 0:  # has new pages
+            if part.tokens > 1 or not row.peak_pages or (row.done - 1) % self._page_tokens == 0:  # has new pages
                 row.peak_pages = max(row.peak_pages, scheduler.pages.share(row.sequence_id))
             if sample and result is not None and self._deliver(row, *result, now_s) and further:
                 self._keep(part, further, now_s)
@@ -381,7 +381,7 @@ class PagedEngine:
         if not oom and _is_fatal(error):
             raise EngineDead(f"{type(error).__name__}: {error}") from error
         assert runner is not None
-        row, rows, tokens = work[0].row, len(work), sum(part.count + len(part.drafts) for part in work)
+        row, rows, tokens = work[0].row, len(work), sum(part.tokens for part in work)
         prefill = row.left > 1
         self._good_steps = 0
         self._events[("oom_prefill" if prefill else "oom_decode") if oom else "errors"] += 1

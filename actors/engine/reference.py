@@ -60,7 +60,7 @@ def build(spec: EngineSpec) -> ReferenceEngine:
         device=spec.device,
         max_model_len=spec.max_model_len,
         max_batch=spec.max_batch or MAX_BATCH,
-        revision=found.revision + (f"+{loader.resolve_adapter(spec.adapter).revision}" if spec.adapter else ""),
+        revision=loader.recorded_revision(found.revision, spec.adapter),
         adapter=spec.adapter,
         quantization=spec.quantization,
         numerics=spec.numerics,

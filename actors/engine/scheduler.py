@@ -83,6 +83,11 @@ class Work:
     drafts: tuple[int, ...] = ()
 
     @property
+    def tokens(self) -> int:
+        """Tokens that the step computes for the row, guesses included."""
+        return self.count + len(self.drafts)
+
+    @property
     def sample(self) -> bool:
         """The row's context is complete after this."""
         return self.count == self.row.left
@@ -180,8 +185,10 @@ class Scheduler:
 
     def _decode(self, rows: list[Row]) -> list[Work]:
         """One token of each row, and guesses as far as the step has room for them."""
-        work: list[Work] = []
         room = self.max_decode_tokens - len(rows)
+        if room <= 0:
+            return [Work(row, 1) for row in rows]
+        work: list[Work] = []
         for i, row in enumerate(rows):
             most = min(
                 room // (len(rows) - i),

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow.fs import LocalFileSystem
 
 from actors.errors import InputError
 from actors.messages import Forecast, Numerics, Step, Task, Trajectory, Usage
@@ -181,6 +182,23 @@ def test_bytes_are_written_whole(tmp_path: Path):
     assert tables.read_bytes(f"file://{tmp_path}/deep/x.json") == b"{}"
     with pytest.raises(InputError, match="address"):
         tables.read_bytes("nosuch://x/y")
+
+
+def test_a_file_that_goes_while_it_is_read_is_none(tmp_path: Path, monkeypatch):
+    (tmp_path / "x").write_bytes(b"x")
+
+    class Vanishing:
+        def get_file_info(self, path: str):
+            info = local.get_file_info(path)
+            local.delete_file(path)
+            return info
+
+        def open_input_stream(self, path: str):
+            return local.open_input_stream(path)
+
+    local = LocalFileSystem()
+    monkeypatch.setattr(tables, "filesystem", lambda uri: (Vanishing(), str(uri)))
+    assert tables.read_bytes(tmp_path / "x") is None
 
 
 def test_attempts_take_utc_times():
