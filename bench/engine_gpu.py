@@ -226,17 +226,17 @@ def exactness(args: argparse.Namespace, source: Source) -> list[Result]:
 
 
 class Logits:
-    """Keeps the logits of a runner's last step."""
+    """Keeps the logits of a runner's last step, in the order of its rows."""
 
     def __init__(self, runner: Any):
         self._draw = runner._draw
         self.last_BV = torch.empty(0)
         runner._draw = self
 
-    def __call__(self, logits_BV: Tensor, ids_B: Tensor | None, rows: Any) -> Any:
+    def __call__(self, logits_BV: Tensor, ids_B: Tensor | None, rows: Any, place_R: Sequence[int]) -> Any:
         """Stands in for the runner's own."""
-        self.last_BV = logits_BV.float().clone()
-        return self._draw(logits_BV, ids_B, rows)
+        self.last_BV = logits_BV[list(place_R)].float()
+        return self._draw(logits_BV, ids_B, rows, place_R)
 
 
 def forced_logits(engine: PagedEngine, prompts: Sequence[list[int]], answers: Sequence[Tokens]) -> Tensor:

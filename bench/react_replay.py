@@ -38,6 +38,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from actors.engine import runner as runner_module
 from actors.engine.assemble import over_model
 from actors.engine.protocol import Request
 from bench.common import (
@@ -56,6 +57,7 @@ from bench.common import (
 
 STEPS = (3, 4, 4, 5, 5, 5, 6, 7)
 QUESTION_TOKENS = 40
+FEATURES = ("graphs", "compile", "shared", "ahead")
 SHOWN = [
     *("engine", "repeat", "wall_s", "generated_tok_s", "prefilled_tokens", "reused_tokens", "preemptions"),
     *("prefill_s", "decode_s", "host_s", "prefill_steps", "decode_steps", "limit_s", "ratio_to_limit"),
@@ -172,26 +174,27 @@ def limit(traces: Sequence[Trace], args: argparse.Namespace, rates: dict[str, fl
 
 
 class Clock:
-    """Stands in for a runner's `step` and times it by kind; a step with any row of several tokens is a prefill.
+    """Stands in for a runner's `step` and `launch` and times steps by kind; one with any row of several tokens is a
+    prefill.
 
-    Draws wait for the device, so that a step's time is the device's and its own host work; a prefill step in which no
-    prompt ends does not wait, and its time falls to the next step.
+    A step's time is from its start, or from the end of the one before where it was launched behind that, until its
+    tokens are on the host; a prefill step in which no prompt ends does not wait, and its time falls to the next step.
     """
 
     def __init__(self, runner: Any):
-        self._step = runner.step
-        self.counts = Counts()
+        self._step, self._launch = runner.step, runner.launch
         self.step_s: dict[str, list[float]] = {}
         self.profiled: dict[str, list[Counter[str]]] = {}
         self.to_profile: dict[str, int] = {}
+        self._ended = 0.0
         self.reset()
-        runner.step = self
+        runner.step, runner.launch = self.step, self.launch
 
     def reset(self) -> None:
         """Count from zero."""
         self.step_s = {"prefill": [], "decode": []}
 
-    def __call__(self, rows: Sequence[Any]) -> Any:
+    def step(self, rows: Sequence[Any]) -> Any:
         """A timed step."""
         kind = "prefill" if any(len(row.token_ids) > 1 for row in rows) else "decode"
         if self.to_profile.get(kind, 0) and len(self.step_s[kind]) >= 10:
@@ -199,8 +202,22 @@ class Clock:
             return self._profiled(kind, rows)
         begin = time.perf_counter()
         drawn = self._step(rows)
-        self.step_s[kind].append(time.perf_counter() - begin)
+        self.ended(kind, begin)
         return drawn
+
+    def launch(self, rows: Sequence[Any], after: Any = None, sources: Sequence[int] = ()) -> Any:
+        """A timed launch; none while decode steps are to be profiled."""
+        if self.to_profile.get("decode", 0) and len(self.step_s["decode"]) >= 10:
+            return None
+        begin = time.perf_counter()
+        drawn = self._launch(rows, after and after.drawn, sources)
+        return drawn and TimedDrawn(drawn, self, begin)
+
+    def ended(self, kind: str, begin: float) -> None:
+        """A step that was begun then has just ended."""
+        now = time.perf_counter()
+        self.step_s[kind].append(now - max(begin, self._ended))
+        self._ended = now
 
     def _profiled(self, kind: str, rows: Sequence[Any]) -> Any:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -213,6 +230,21 @@ class Clock:
                 spent["# " + kernel_class(event.key)] += event.count
         self.profiled.setdefault(kind, []).append(spent)
         return drawn
+
+
+@dataclass(frozen=True, slots=True)
+class TimedDrawn:
+    """A launched step that tells the clock when it has ended."""
+
+    drawn: Any
+    clock: Clock
+    begin: float
+
+    def result(self) -> Any:
+        """See `protocol.Drawn`."""
+        result = self.drawn.result()
+        self.clock.ended("decode", self.begin)
+        return result
 
 
 _CLASSES = {
@@ -238,19 +270,26 @@ class Berth:
         self.generate = args.generate
         self.at_once = args.at_once or args.max_batch
         model = random_model(args.shape, device=args.device, dtype=_dtype(args))
+        if "shared" in args.without:
+            runner_module._SHARING_ROWS = 1 << 30
         self.engine = over_model(
             model,
             pages=args.pages,
             max_batch=args.max_batch,
             max_prefill_tokens=args.max_prefill_tokens,
             max_model_len=max_model_len,
-            graphs=args.graphs,
+            graphs="graphs" not in args.without,
+            compile="off" if "compile" in args.without else "auto",
+            speculation=args.speculation,
             budget_fraction=args.budget_fraction,
         )
         runner = runner_of(self.engine)
+        if "ahead" in args.without:
+            self.engine.scheduler.ahead = lambda work: []
         self.clock = Clock(runner)
         self.settings = {
-            "kernel": runner.kernel,
+            "kernel": self.engine.numerics.kernel,
+            "without": args.without,
             "pages": runner.kv.pages,
             "graphs": len(runner.captured),
             "max_batch": args.max_batch,
@@ -596,7 +635,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-prefill-tokens", type=int, default=8192, help="berth: tokens of a prefill step")
     add("--pages", type=int, help="berth: KV pages (default: what the budget leaves)")
     add("--budget-fraction", type=float, default=0.9, help="berth: share of the device's memory to use")
-    add("--no-graphs", dest="graphs", action="store_false", help="berth: no CUDA graphs")
+    add("--without", default="", help=f"berth: leave out, comma-separated, of {', '.join(FEATURES)}")
+    add("--speculation", choices=["auto", "on", "off"], default="auto", help="berth: guess tokens (auto: not on a GPU)")
     add("--hf-batch", type=int, default=32, help="hf_generate: rows of a batch")
     add("--hf-trajectories", type=int, default=32, help="hf_generate: it is slow, so at most so many")
     add("--cb-compile", type=int, default=1, help="continuous_batching: compile level")
@@ -609,6 +649,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in args.engines.split(","):
         if name not in ENGINES:
             parser.error(f"--engines: got {name}, wants {', '.join(ENGINES)}")
+    for name in filter(None, args.without.split(",")):
+        if name not in FEATURES:
+            parser.error(f"--without: got {name}, wants {', '.join(FEATURES)}")
     if args.generate < 2:
         parser.error("--generate: wants 2 or more")
     return args

@@ -167,6 +167,9 @@ class RunConfig(Part):
     speculation: Literal["auto", "on", "off"] = Field(
         default="auto", description="guess tokens from the row's own text and check them; auto: where it is faster"
     )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto", description="compile the model's layers when a replica starts; auto: on a GPU, where it pays"
+    )
     numerics: Literal["fast", "invariant"] = Field(
         default="fast", description="invariant: same row, same tokens, always"
     )

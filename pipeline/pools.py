@@ -81,6 +81,7 @@ def engine_spec(config: RunConfig) -> EngineSpec:
         max_prefill_tokens=number(memory.max_prefill_tokens),
         numerics=config.numerics,
         speculation=config.speculation,
+        compile=config.compile,
         budget_fraction=memory.budget_fraction,
         gpu_memory_fraction=memory.gpu_memory_fraction,
         kv_dtype=memory.kv_dtype,

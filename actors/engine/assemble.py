@@ -89,6 +89,7 @@ def build(spec: EngineSpec) -> PagedEngine:
         pages=spec.kv_pages,
         invariant=spec.numerics == "invariant",
         speculation=spec.speculation,
+        compile=spec.compile,
         budget_fraction=spec.budget_fraction * (spec.gpu_memory_fraction or 1.0),
         gang=gang,
     )
@@ -123,6 +124,7 @@ def over_model(
     invariant: bool = False,
     graphs: bool = True,
     speculation: str = "auto",
+    compile: str = "auto",
     budget_fraction: float = 0.9,
     gang: Gang | None = None,
 ) -> PagedEngine:
@@ -134,7 +136,7 @@ def over_model(
         max_batch, max_prefill_tokens: None takes MAX_BATCH, MAX_PREFILL_TOKENS by device.
         pages: KV pages, the scratch page included; None takes what the budget leaves.
         invariant: same row, same tokens, whatever else runs; float32 only.
-        speculation: on, off or auto, see `EngineSpec`.
+        speculation, compile: on, off or auto, see `EngineSpec`.
         budget_fraction: share of the GPU's memory to use.
         gang: this rank's seat, the model being its part (see `shard.split`). Ranks other than 0 do not return: they
             serve until rank 0's engine is closed, then raise SystemExit.
@@ -153,6 +155,11 @@ def over_model(
     kind: Any = Runner if gang is None else partial(ShardedRunner, gang=gang)
     runner: Runner = kind(model, kv, chosen, batch, prefill, length, graphs=graphs, invariant=invariant)
     cuda = device.type == "cuda"
+    half = chosen in ("flash_attn", "torch_varlen") and gang is None
+    compiled = False
+    if half and (compile == "on" or (compile == "auto" and not hasattr(model.config, "num_experts"))):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(loader.cache_folder() / "compiled"))
+        compiled = runner.compile()
     predicted = predict(
         model.config,
         tp=tp,
@@ -181,7 +188,8 @@ def over_model(
     memory = MemoryReport(predicted, measured, device_used_bytes(device) if cuda else None)
     leader = lead(runner) if isinstance(runner, ShardedRunner) else None
     name = str(dtype).removeprefix("torch.")
-    log.info("%d KV pages of %d tokens, kernel %s, %s", count, page_tokens, chosen, name)
+    computes = f"{chosen}+compiled" if compiled else chosen
+    log.info("%d KV pages of %d tokens, kernel %s, %s", count, page_tokens, computes, name)
     log.info("memory, predicted → measured MiB: %s", memory)
     return PagedEngine(
         leader or runner,
@@ -191,7 +199,16 @@ def over_model(
         max_batch=batch,
         max_prefill_tokens=prefill,
         max_decode_tokens=batch * DECODE_TOKENS_ROW[device.type] if guesses else 0,
-        numerics=Numerics("paged", chosen, name, name, name, tp, revision, reproducible=invariant),
+        numerics=Numerics(
+            "paged",
+            f"{chosen}+compiled" if compiled else chosen,
+            name,
+            name,
+            name,
+            tp,
+            revision,
+            reproducible=invariant,
+        ),
         kv_bytes_token=kv.bytes_token * tp,
         memory=memory,
         oom_errors=(torch.OutOfMemoryError, MemoryError),

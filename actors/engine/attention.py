@@ -68,6 +68,28 @@ class Row:
 
 
 @dataclass(slots=True)
+class Shared:
+    """Runs of pages that several rows of a decode step begin with; each run is read once for all its rows.
+
+    The rows of a run follow one another, and `Plan.table_RP` and `Plan.lens_R` leave the run out. Rows without one
+    stand behind the others and belong to the last group, whose run is empty.
+
+    Attributes:
+        cu_q_N1: int32 [N + 1], running sums of the rows of each group.
+        cu_k_N1: int32 [N + 1], running sums of the runs' tokens.
+        table_NP: int32 page tables of the runs.
+        max_k: longest run in tokens.
+        merge: `merge`, compiled where the layers are.
+    """
+
+    cu_q_N1: Tensor
+    cu_k_N1: Tensor
+    table_NP: Tensor
+    max_k: int
+    merge: Callable[..., Tensor]
+
+
+@dataclass(slots=True)
 class Plan:
     """What a step's attention needs beside queries, keys and values.
 
@@ -79,6 +101,7 @@ class Plan:
         max_q, max_k: largest number of new tokens, and largest length.
         decode: every row computes one token.
         rows: for the reference kernel; rows that only pad are left out and attend to nothing.
+        shared: in decode, for flash_attn and layers without a window.
     """
 
     kv: KVCache
@@ -92,6 +115,7 @@ class Plan:
     max_k: int
     decode: bool
     rows: Sequence[Row] = ()
+    shared: Shared | None = None
 
 
 class _Current(threading.local):
@@ -257,9 +281,36 @@ def _flash(
         "block_table": plan.table_RP,
     }
     if plan.decode:
-        out_R1HD = with_kvcache(q_THD.unsqueeze(1), k_PSKD, v_PSKD, cache_seqlens=plan.lens_R, **options)
-        return out_R1HD.squeeze(1)
+        shared = plan.shared
+        options |= {"cache_seqlens": plan.lens_R, "return_softmax_lse": shared is not None}
+        own = with_kvcache(q_THD.unsqueeze(1), k_PSKD, v_PSKD, **options)
+        if shared is None:
+            return own.squeeze(1)
+        # The queries see the whole run: it ends before any of them.
+        run_THD, run_HT, _ = varlen(
+            q_THD,
+            k_PSKD,
+            v_PSKD,
+            shared.cu_q_N1,
+            shared.cu_k_N1,
+            len(q_THD),
+            shared.max_k,
+            softmax_scale=scale,
+            softcap=softcap or 0.0,
+            block_table=shared.table_NP,
+            return_attn_probs=True,
+        )
+        return shared.merge(own[0].squeeze(1), own[1].squeeze(-1), run_THD, run_HT.transpose(0, 1))
     return varlen(q_THD, k_PSKD, v_PSKD, plan.cu_q_R1, plan.cu_k_R1, plan.max_q, plan.max_k, **options)
+
+
+def merge(own_THD: Tensor, own_TH: Tensor, run_THD: Tensor, run_TH: Tensor) -> Tensor:
+    """Attention over two disjoint sets of keys from that over each and the logarithms of their sums (Dao et al. 2023,
+    "Flash-Decoding"). An infinite sum of the run marks an empty one, whatever its attention holds.
+    """
+    weight_TH1 = torch.sigmoid(run_TH - own_TH).unsqueeze(-1)
+    merged_THD = torch.lerp(own_THD.float(), run_THD.float(), weight_TH1)
+    return torch.where(run_TH.isinf().unsqueeze(-1), own_THD, merged_THD.to(own_THD.dtype))
 
 
 def _torch_varlen(

@@ -72,6 +72,9 @@ class Leader:
         with self._told(Command.STEP, pack(rows, self._runner.kv.page_tokens)):
             return self._runner.step(rows)
 
+    def launch(self, rows: Sequence[RowStep], after: Any = None, sources: Sequence[int] = ()) -> None:
+        """Ranks agree on each step before the next one."""
+
     def copy_page(self, src: int, dst: int, tokens: int) -> None:
         """See `protocol.Runner`."""
         with self._told(Command.COPY_PAGE, [src, dst, tokens]):

@@ -124,6 +124,11 @@ def pinned_adapter(id: str) -> tuple[str, str]:
     return f"{_adapter(id)[0]}@{revision}", revision
 
 
+def cache_folder(cache: str | Path | None = None) -> Path:
+    """Where conversions and compiled layers are kept: `cache`, $BERTH_CACHE or ~/.cache/berth."""
+    return Path(cache or os.environ.get("BERTH_CACHE") or Path.home() / ".cache" / "berth").expanduser()
+
+
 def recorded_revision(revision: str, adapter: str | None) -> str:
     """What rows record of a model of this revision: its adapter's stands behind a `+`."""
     return revision if adapter is None else f"{revision}+{resolve_adapter(adapter).revision}"
@@ -430,7 +435,7 @@ def _resolve_gguf(path: Path, revision: str | None, cache: str | Path | None) ->
     except OSError as e:
         raise ModelUnavailable(f"cannot be read: {_first_line(e)}", file=str(path)) from e
     _check_revision(path, found, revision)
-    root = Path(cache or os.environ.get("BERTH_CACHE") or Path.home() / ".cache" / "berth").expanduser() / "gguf"
+    root = cache_folder(cache) / "gguf"
     target = root / f"{found}-{_CONVERSION}"
     if not target.is_dir():
         try:

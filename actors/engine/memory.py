@@ -63,8 +63,6 @@ CUBLAS_BYTES = {True: 32 << 20, False: (8 << 20) + (128 << 10)}
 """A workspace, by whether the capability is 9.0 (torch's CublasHandlePool)."""
 THREADS = 2
 """Threads that run steps, each with a workspace: the one that builds the engine, and the engine's."""
-STREAMS = 32
-"""Side streams that torch hands out in turn (c10's CUDAStream)."""
 SORT_BYTES = 12
 """A number being sorted: a second key and index."""
 KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -155,8 +153,8 @@ def graph_bytes(config: Any, dtype: torch.dtype, batch: int, max_model_len: int,
     sizes = graph_sizes(batch)
     logits = batch * config.vocab_size * dtype.itemsize
     pool = max(activation_bytes(config, dtype, batch, tp), logits + batch * config.hidden_size * dtype.itemsize)
-    packed = 4 * sum(sizes) * (-(-max_model_len // PAGE_TOKENS) + 6)
-    return pool + logits + 8 * batch + packed + (min(len(sizes), STREAMS) + 1) * CUBLAS_BYTES[hopper]
+    packed = 4 * sum(size + 5 for size in sizes) * (-(-max_model_len // PAGE_TOKENS) + 6)
+    return pool + logits + 8 * batch + packed + 2 * CUBLAS_BYTES[hopper]
 
 
 def predict(

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from itertools import islice
 from queue import Empty, SimpleQueue
 
 from actors.engine.pages import PageAllocator
-from actors.engine.protocol import Capacity, MemoryReport, Request, RowStep, Runner
+from actors.engine.protocol import Capacity, Drawn, MemoryReport, Request, RowStep, Runner
 from actors.engine.scheduler import Row, Scheduler, Work
 from actors.errors import Cancelled, ContextOverflow, EngineDead, EngineError, OutOfMemory
 from actors.messages import FinishReason, Generation, Numerics, Usage
@@ -27,6 +28,25 @@ _EVENTS = (
     "oom_prefill oom_decode errors prefill_halved batch_halved waits graph_drops pool_shrinks culprits preemptions "
     "evictions drafted kept"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A step that was waited for."""
+
+    drawn: Sequence[tuple[int, float] | None]
+
+    def result(self) -> Sequence[tuple[int, float] | None]:
+        return self.drawn
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step under way."""
+
+    work: list[Work]
+    drawn: Drawn
+    started_s: float
 
 
 class PagedEngine:
@@ -115,6 +135,7 @@ class PagedEngine:
         self._good_steps = 0
         self._failing = False  # the last step failed
         self._since_s: float | None = None  # when the step under way began
+        self._finished_s = 0.0  # when the last one had ended
         self._mail: SimpleQueue[Row | str | None] = SimpleQueue()  # a row: queue it, or drop it if cancelled
         self._closed = False
         self._lock = threading.Lock()  # between `_closed` and the mail
@@ -209,11 +230,13 @@ class PagedEngine:
     def _run(self) -> None:
         error: BaseException = EngineDead("the engine was closed")
         try:
-            while self._read_mail():
+            flight: _Flight | None = None
+            while self._read_mail(wait=flight is None):
                 self._since_s = self._clock()
-                work = self.scheduler.plan()
-                if work:
-                    self._step(work)
+                flight = flight or self._begin(self.scheduler.plan())
+                if flight is not None:
+                    behind = self._begin_behind(flight)
+                    flight = behind if self._finish(flight) else None
                 self._since_s = None
         except BaseException as e:
             log.critical("the engine is dead: %s", e, exc_info=not isinstance(e, EngineDead))
@@ -234,9 +257,9 @@ class PagedEngine:
         if self.dead:
             self._on_dead(error)
 
-    def _read_mail(self) -> bool:
+    def _read_mail(self, wait: bool) -> bool:
         """Take in what came; waits where nothing is to be done. False: close."""
-        idle = not (self.scheduler.running or self.scheduler.waiting)
+        idle = wait and not (self.scheduler.running or self.scheduler.waiting)
         while True:
             try:
                 mail = self._mail.get(block=idle)
@@ -256,8 +279,11 @@ class PagedEngine:
             else:
                 self.scheduler.add(mail)
 
-    def _step(self, work: list[Work]) -> None:
+    def _begin(self, work: list[Work]) -> _Flight | None:
+        """Start a step, and wait for it unless it can be launched; None where there is none or it failed."""
         scheduler, runner = self.scheduler, self._runner
+        if not work:
+            return None
         assert runner is not None  # `close` lets go of it when the thread has ended
         started_s = self._clock()
         for part in work:
@@ -268,30 +294,70 @@ class PagedEngine:
             while scheduler.copies:
                 runner.copy_page(*scheduler.copies[0])
                 del scheduler.copies[0]
-            drawn = runner.step([step for part in work for step in self._row_steps(part)])
+            rows = [step for part in work for step in self._row_steps(part)]
+            drawn = runner.launch(rows) or _Done(runner.step(rows))
         except Exception as e:
             # The traceback's frames hold the step's tensors: without it, and outside `except`, they are freed.
-            failure, drawn = e.with_traceback(None), ()
+            failure, drawn = e.with_traceback(None), _Done(())
         if failure is not None:
             self._recover(work, failure)
-            return
+            return None
+        return _Flight(work, drawn, started_s)
+
+    def _begin_behind(self, flight: _Flight) -> _Flight | None:
+        """Launch the step behind one under way, so that the device does not wait for the host to read its tokens."""
+        if isinstance(flight.drawn, _Done) or self._closed:
+            return None
+        assert self._runner is not None
+        work = self.scheduler.ahead(flight.work)
+        if not work:
+            return None
+        at = {part.row: index for index, part in enumerate(flight.work)}
+        table = self.scheduler.pages.table
+        rows = [
+            RowStep((0,), row.done + 1, table(row.sequence_id), True, row.request.sampling, row.request.logprobs)
+            for row in (part.row for part in work)
+        ]
+        try:
+            drawn = self._runner.launch(rows, flight.drawn, [at[part.row] for part in work])
+        except Exception as e:
+            log.warning("a step could not be launched ahead: %s: %s", type(e).__name__, e)
+            return None  # it is planned again when the one before has ended
+        return None if drawn is None else _Flight(work, drawn, self._clock())
+
+    def _finish(self, flight: _Flight) -> bool:
+        """Wait for a step, deliver what it drew; False where it failed, and with it what was launched behind it."""
+        failure: Exception | None = None
+        try:
+            drawn = flight.drawn.result()
+        except Exception as e:
+            failure, drawn = e.with_traceback(None), ()
+        if failure is not None:
+            self._recover(flight.work, failure)
+            return False
         now_s = self._clock()
-        token_s = (now_s - started_s) / sum(part.tokens for part in work)
-        samples = [part.sample for part in work]
+        started_s, self._finished_s = max(flight.started_s, self._finished_s), now_s
+        token_s = (now_s - started_s) / sum(part.tokens for part in flight.work)
+        samples = [part.sample for part in flight.work]
+        running = set(self.scheduler.running)
         results = iter(drawn)
-        scheduler.commit(work)
-        for part, sample in zip(work, samples, strict=True):
+        # Of rows that the step before this one ended, or that were cancelled meanwhile, nothing is kept.
+        self.scheduler.commit(part for part in flight.work if part.row in running)
+        for part, sample in zip(flight.work, samples, strict=True):
             row, result = part.row, next(results)
             further = list(islice(results, len(part.drafts)))
+            if row not in running:
+                continue
             row.gpu_s += token_s * part.tokens
-            row.batch_max = max(row.batch_max, len(work))
+            row.batch_max = max(row.batch_max, len(flight.work))
             if part.tokens > 1 or not row.peak_pages or (row.done - 1) % self._page_tokens == 0:  # has new pages
-                row.peak_pages = max(row.peak_pages, scheduler.pages.share(row.sequence_id))
+                row.peak_pages = max(row.peak_pages, self.scheduler.pages.share(row.sequence_id))
             if sample and result is not None and self._deliver(row, *result, now_s) and further:
                 self._keep(part, further, now_s)
         self._failing = False
         self._waited_s = 0.0
         self._grow()
+        return True
 
     def _row_steps(self, part: Work) -> list[RowStep]:
         row, request, end = part.row, part.row.request, part.row.done + part.count

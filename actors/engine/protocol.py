@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from actors.messages import Generation, Numerics, Sampling
 
@@ -62,6 +62,8 @@ class EngineSpec:
         kv_dtype: auto is the model's dtype.
         speculation: on: tokens are guessed and checked (see `drafts`); off; or auto: on where it was seen to be faster,
             so far on a CPU.
+        compile: on: layers are compiled at the start; off; or auto: on where it was seen to be faster, so far for dense
+            models in half precision on one GPU.
         kv_pages: KV pages; None takes what the budget leaves.
         tp: ranks that the model is split over, one process each.
         rank_deadline_s: how long a rank waits for the others before it takes one for dead.
@@ -84,6 +86,7 @@ class EngineSpec:
     gpu_memory_fraction: float | None = None
     kv_dtype: str = "auto"
     speculation: str = "auto"
+    compile: str = "auto"
     kv_pages: int | None = None
     tp: int = 1
     rank_deadline_s: float = 60.0
@@ -231,11 +234,25 @@ class RowStep:
     logprobs: bool = False
 
 
+class Drawn(Protocol):
+    """A launched step."""
+
+    def result(self) -> Sequence[tuple[int, float] | None]:
+        """Wait for it; as `Runner.step`."""
+        ...
+
+
 class Runner(Protocol):
     """What the engine needs of a runner. All calls come from the engine's thread; any may run out of memory."""
 
     def step(self, rows: Sequence[RowStep], /) -> Sequence[tuple[int, float] | None]:
         """Write the rows' KV; (token id, log-probability) where `sample` is set. Can be repeated."""
+        ...
+
+    def launch(self, rows: Sequence[RowStep], after: Any = None, sources: Sequence[int] = (), /) -> Drawn | None:
+        """Start a decode step and do not wait; None, with nothing done, where that cannot be.
+
+        After what `launch` gave before, each row goes on with the token that the row at its source draws there."""
         ...
 
     def copy_page(self, src: int, dst: int, tokens: int, /) -> None:

@@ -5,6 +5,9 @@ decode step, which a CUDA graph replays once `capture` has run; anything else (p
 or not) is one varlen step. Nothing of a step is remembered here: after an out-of-memory error the same step can be run
 again into the same slots.
 
+A replayed step need not be waited for (`launch`), and the next can be launched on the tokens that it draws before the
+host has seen them. In it, pages that several rows begin with are read once for all of them.
+
 Knows nothing of scheduling, of who owns a page, of stop tokens or text.
 
 Invariance. fp32 matrix products on CPU change a row's bits with the number of rows: with MKL on one thread for 1 to 3
@@ -20,7 +23,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,17 +31,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.engine.attention import NAME, Kernel, Plan, Row, attending, check_kernel
+from actors.engine.attention import NAME, Kernel, Plan, Row, Shared, attending, check_kernel, merge
 from actors.engine.kv import SCRATCH_PAGE, KVCache
 from actors.engine.protocol import RowStep
 from actors.engine.sampling import choose, wrap_seed
-from actors.engine.support import check_class, check_supported
+from actors.engine.support import check_class, check_supported, window_of
 from actors.messages import Sampling
 
 log = logging.getLogger(__name__)
 
 _TILE_TOKENS = {"cpu": 8, "cuda": 64}
 _NO_LOGPROB = math.nan
+# Runs of shared pages that a replayed step reads once; and the smallest graph for which that is quicker than reading
+# them for each row.
+_RUNS = 4
+_SHARING_ROWS = 16
 
 
 @dataclass(slots=True)
@@ -53,7 +60,7 @@ class _Span:
 
 @dataclass(slots=True)
 class _Packed:
-    """A forward's integers, as int32 views of one buffer [T], [T], [T], [R], [R + 1], [R + 1], [R, P]."""
+    """A forward's integers, as int32 views of one buffer; N groups of rows stand for `attention.Shared`."""
 
     ids_T: Any
     positions_T: Any
@@ -61,31 +68,70 @@ class _Packed:
     lens_R: Any
     cu_q_R1: Any
     cu_k_R1: Any
+    cu_q_N1: Any
+    cu_k_N1: Any
     table_RP: Any
+    table_NP: Any
 
     @classmethod
     def over(cls, flat: Any, tokens: int, rows: int, pages: int) -> _Packed:
         """Cut a flat buffer of `size(tokens, rows, pages)` elements (numpy or torch) into its fields."""
-        ends = np.cumsum([tokens, tokens, tokens, rows, rows + 1, rows + 1]).tolist()
-        ids_T, positions_T, slots_T, lens_R, cu_q_R1, cu_k_R1 = (
-            flat[start:end] for start, end in itertools.pairwise([0, *ends])
-        )
-        table_RP = flat[ends[-1] : ends[-1] + rows * pages].reshape(rows, pages)
-        return cls(ids_T, positions_T, slots_T, lens_R, cu_q_R1, cu_k_R1, table_RP)
+        ends = np.cumsum(cls._sizes(tokens, rows, pages)).tolist()
+        parts = [flat[start:end] for start, end in itertools.pairwise([0, *ends])]
+        parts[-2:] = [table.reshape(-1, pages) for table in parts[-2:]]
+        return cls(*parts)
+
+    @classmethod
+    def size(cls, tokens: int, rows: int, pages: int) -> int:
+        """Elements of the flat buffer."""
+        return sum(cls._sizes(tokens, rows, pages))
 
     @staticmethod
-    def size(tokens: int, rows: int, pages: int) -> int:
-        """Elements of the flat buffer."""
-        return 3 * tokens + rows + 2 * (rows + 1) + rows * pages
+    def _sizes(tokens: int, rows: int, pages: int) -> list[int]:
+        groups = _RUNS + 1
+        per_row = [rows, rows + 1, rows + 1]
+        return [tokens, tokens, tokens, *per_row, groups + 1, groups + 1, rows * pages, groups * pages]
 
 
 @dataclass(slots=True)
 class _Graph:
-    """A captured decode step of a fixed number of rows, and what it reads and writes."""
+    """A captured decode step of a fixed number of rows, and what it reads."""
 
     graph: torch.cuda.CUDAGraph
-    host: Tensor
     device: Tensor
+    sharing: bool
+
+
+@dataclass(slots=True)
+class Drawn:
+    """Tokens of a step that may still be under way.
+
+    Attributes:
+        ids_B: int64, on the device, in the order of the batch.
+        place_R: each row's index there.
+    """
+
+    ids_B: Tensor
+    place_R: Sequence[int]
+    _ids_B: Tensor
+    _logprobs_B: Tensor | None
+    _wants_R: Sequence[bool]
+    _ready: torch.cuda.Event | None
+
+    def result(self) -> list[tuple[int, float] | None]:
+        """Wait for the step: (token id, log-probability) of each row; nan where it was not asked for.
+
+        Raises:
+            RuntimeError: the device failed.
+        """
+        if self._ready is not None:
+            self._ready.synchronize()
+        ids = self._ids_B.tolist()
+        logprobs = None if self._logprobs_B is None else self._logprobs_B.tolist()
+        return [
+            (ids[at], logprobs[at] if logprobs and wanted else _NO_LOGPROB)
+            for at, wanted in zip(self.place_R, self._wants_R, strict=True)
+        ]
 
 
 class Runner:
@@ -139,6 +185,10 @@ class Runner:
         self._graphs: dict[int, _Graph] = {}
         self._graph_logits_BV: Tensor | None = None
         self._graph_ids_B: Tensor | None = None
+        self._warm_up: torch.cuda.Stream | None = None
+        self._shares = kernel == "flash_attn" and window_of(config) is None
+        self._merge: Callable[..., Tensor] = merge
+        self._least_tokens = 1  # of a forward; compiled code has sizes of 1 apart
         self._model = model.eval()
         self._body = model.base_model
         self._lm_head = model.get_output_embeddings()
@@ -177,16 +227,61 @@ class Runner:
                     f"a row of {len(row.token_ids)} tokens from {row.start} with {len(row.pages)} pages of "
                     f"{self.kv.page_tokens} tokens"
                 )
-        decode = all(row.sample and len(row.token_ids) == 1 for row in rows)
-        size = next((size for size in self.captured if size >= len(rows)), None) if decode else None
+        size = self._graph_size(rows)
         if size is not None:
-            return self._replay(rows, size)
+            return self._replay(rows, size, None, ()).result()
         drawn = [row for row in rows if row.sample]
-        hidden_BE = self._hidden(rows, decode)
+        hidden_BE = self._hidden(rows, _decodes(rows))
         if not drawn or hidden_BE is None:
             return [None] * len(rows)
-        results = iter(self._draw(self._logits(hidden_BE), None, drawn))
+        results = iter(self._draw(self._logits(hidden_BE), None, drawn, range(len(drawn))).result())
         return [next(results) if row.sample else None for row in rows]
+
+    @torch.no_grad()
+    def launch(self, rows: Sequence[RowStep], after: Drawn | None = None, sources: Sequence[int] = ()) -> Drawn | None:
+        """Start a decode step that a CUDA graph replays, and do not wait for it.
+
+        Args:
+            rows: as in `step`.
+            after: a launched step on whose tokens this one goes on, before anybody has seen them; what stands in the
+                rows' `token_ids` is then ignored.
+            sources: for each row its index among the rows of `after`.
+
+        Returns:
+            None, and nothing was done, where no graph computes these rows.
+        """
+        size = self._graph_size(rows)
+        return None if size is None else self._replay(rows, size, after, sources)
+
+    @torch.no_grad()
+    def compile(self, backend: str = "inductor") -> bool:
+        """Compile the decoder layers; False, with a warning, where that fails, and they run as they are.
+
+        One compilation serves all layers and all sizes of a step. What it made is kept on disk by torch.
+
+        Args:
+            backend: see `torch.compile`.
+        """
+        import torch._dynamo.config as dynamo  # seconds that an engine which does not compile need not wait
+
+        # Layers differ in their index alone, which is to be an argument of one compiled function. Process-wide.
+        dynamo.allow_unspec_int_on_nn_module = True
+        layers = [*self._body.layers, self._body.norm]
+        for layer in layers:
+            layer.compile(dynamic=True, fullgraph=True, backend=backend)
+        merged, self._merge = self._merge, torch.compile(self._merge, dynamic=True, fullgraph=True, backend=backend)
+        self._least_tokens = 2
+        try:
+            self.step([RowStep([0, 0, 0], 0, [SCRATCH_PAGE], True, Sampling())])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:
+            for layer in layers:
+                layer._compiled_call_impl = None
+            self._merge, self._least_tokens = merged, 1
+            log.warning("the layers could not be compiled and run as they are: %s: %s", type(e).__name__, e)
+            return False
+        return True
 
     def copy_page(self, src: int, dst: int, tokens: int | None = None) -> None:
         """Copy the first `tokens` tokens (by default all) of a page in every layer."""
@@ -213,7 +308,8 @@ class Runner:
         self.drop_graphs()
         try:
             pool = torch.cuda.graph_pool_handle()
-            for size in sorted(graph_sizes(self.max_batch), reverse=True):
+            sizes = {max(size, self._least_tokens) for size in graph_sizes(self.max_batch)}
+            for size in sorted(sizes, reverse=True):
                 self._graphs[size] = self._capture(size, pool)
         except RuntimeError as e:
             self.drop_graphs()
@@ -253,6 +349,9 @@ class Runner:
         torch.cuda.synchronize(self._device)
         return torch.cuda.max_memory_allocated(self._device) - before
 
+    def _graph_size(self, rows: Sequence[RowStep]) -> int | None:
+        return next((size for size in self.captured if size >= len(rows)), None) if _decodes(rows) else None
+
     def _hidden(self, rows: Sequence[RowStep], decode: bool) -> Tensor | None:
         """Last hidden states [B, E] of the rows that draw, in order; None where none does."""
         spans = _spans(rows)
@@ -265,7 +364,7 @@ class Runner:
 
     def _padded(self, rows: int) -> int:
         if self.kernel != "reference" or self._device.type != "cpu":
-            return rows
+            return max(rows, self._least_tokens)
         multiple = 4 * torch.get_num_threads()
         return -(-rows // multiple) * multiple
 
@@ -332,21 +431,22 @@ class Runner:
             logits_BV = torch.tanh(logits_BV / self._final_softcap) * self._final_softcap
         return logits_BV
 
-    def _draw(self, logits_BV: Tensor, ids_B: Tensor | None, rows: Sequence[RowStep]) -> list[tuple[int, float]]:
-        """Next tokens of `rows`; `ids_B` are the most likely ones where they are known already."""
+    def _draw(self, logits_BV: Tensor, ids_B: Tensor | None, rows: Sequence[RowStep], place_R: Sequence[int]) -> Drawn:
+        """Next tokens of `rows`, which stand in the order of the batch; `ids_B` are the most likely ones where they are
+        known already."""
         logprobs = any(row.logprobs for row in rows)
         samplings = [row.sampling for row in rows]
         if ids_B is None or logprobs or any(sampling.temperature > 0 for sampling in samplings):
             ids_B, logprobs_B = choose(logits_BV, *self._sampling_tensors(rows, logits_BV.shape[1]), logprobs=logprobs)
         else:
             logprobs_B = None
-        ids = ids_B.tolist()
-        if logprobs_B is None:
-            return [(token, _NO_LOGPROB) for token in ids]
-        values = logprobs_B.tolist()
-        return [
-            (token, value if row.logprobs else _NO_LOGPROB) for token, value, row in zip(ids, values, rows, strict=True)
-        ]
+        ready = None
+        host_B = ids_B.to("cpu", non_blocking=True)
+        host_logprobs_B = None if logprobs_B is None else logprobs_B.to("cpu", non_blocking=True)
+        if self._device.type == "cuda":
+            ready = torch.cuda.Event()
+            ready.record()
+        return Drawn(ids_B, place_R, host_B, host_logprobs_B, [rows[at].logprobs for at in place_R], ready)
 
     def _sampling_tensors(
         self, rows: Sequence[RowStep], vocabulary: int
@@ -369,20 +469,31 @@ class Runner:
             top_k_B = tensor([sampling.top_k or vocabulary for sampling in samplings], torch.int64)
         return seeds_B, positions_B, temperature_B, top_p_B, top_k_B
 
-    def _replay(self, rows: Sequence[RowStep], size: int) -> list[tuple[int, float] | None]:
+    def _replay(self, rows: Sequence[RowStep], size: int, after: Drawn | None, sources: Sequence[int]) -> Drawn:
         graph = self._graphs[size]
-        spans = [_Span(row.token_ids, row.start, row.pages, 1) for row in rows]
+        order, runs = _runs(rows, self.kv.page_tokens) if graph.sharing else (range(len(rows)), [])
+        ordered = [rows[r] for r in order]
+        spans = [_Span(row.token_ids, row.start, row.pages, 1) for row in ordered]
         spans += [_Span([0], 0, [SCRATCH_PAGE], 0)] * (size - len(rows))
-        _fill(_Packed.over(graph.host.numpy(), size, size, self._max_pages), spans, self.kv.page_tokens)
-        graph.device.copy_(graph.host, non_blocking=True)
+        # A new one each time: the last step's may still be on its way to the device.
+        flat = torch.empty(len(graph.device), dtype=torch.int32, pin_memory=True)
+        host = _Packed.over(flat.numpy(), size, size, self._max_pages)
+        _fill(host, spans, self.kv.page_tokens, runs)
+        graph.device.copy_(flat, non_blocking=True)
+        if after is not None:
+            place_R = torch.tensor([after.place_R[sources[r]] for r in order], pin_memory=True)
+            graph.device[: len(rows)] = after.ids_B[place_R.to(self._device, non_blocking=True)]
         graph.graph.replay()
         if self._graph_logits_BV is None or self._graph_ids_B is None:
             raise RuntimeError("a graph outlived its outputs")
-        return list(self._draw(self._graph_logits_BV[: len(rows)], self._graph_ids_B[: len(rows)], rows))
+        place_R = [0] * len(rows)
+        for at, r in enumerate(order):
+            place_R[r] = at
+        return self._draw(self._graph_logits_BV[: len(rows)], self._graph_ids_B[: len(rows)], ordered, place_R)
 
     def _capture(self, size: int, pool: Any) -> _Graph:
-        elements = _Packed.size(size, size, self._max_pages)
-        host = torch.zeros(elements, dtype=torch.int32, pin_memory=True)
+        sharing = self._shares and size >= _SHARING_ROWS
+        host = torch.zeros(_Packed.size(size, size, self._max_pages), dtype=torch.int32)
         _fill(
             _Packed.over(host.numpy(), size, size, self._max_pages),
             [_Span([0], 0, [SCRATCH_PAGE], 0)] * size,
@@ -392,11 +503,16 @@ class Runner:
         packed = _Packed.over(device, size, size, self._max_pages)
 
         def decode() -> tuple[Tensor, Tensor]:
-            with attending(self._plan(packed, 1, self.max_model_len, True)):
+            plan = self._plan(packed, 1, self.max_model_len, True)
+            if sharing:
+                longest = self._max_pages * self.kv.page_tokens
+                plan.shared = Shared(packed.cu_q_N1, packed.cu_k_N1, packed.table_NP, longest, self._merge)
+            with attending(plan):
                 logits_BV = self._head(self._body_forward(packed))
             return logits_BV, logits_BV.argmax(-1)
 
-        stream = torch.cuda.Stream(self._device)
+        # One for all sizes: cuBLAS keeps a workspace for each stream that ever ran a matrix product.
+        stream = self._warm_up = self._warm_up or torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             # Libraries allocate their workspaces in a first run, which a graph could not hold.
@@ -412,7 +528,7 @@ class Runner:
             logits_BV, ids_B = decode()
             self._graph_logits_BV[:size].copy_(logits_BV)
             self._graph_ids_B[:size].copy_(ids_B)
-        return _Graph(graph, host, device)
+        return _Graph(graph, device, sharing)
 
 
 def graph_sizes(max_batch: int) -> list[int]:
@@ -421,25 +537,66 @@ def graph_sizes(max_batch: int) -> list[int]:
     return sorted({size for size in sizes if size < max_batch} | {max_batch})
 
 
-def _fill(host: _Packed, spans: Sequence[_Span], page_tokens: int) -> None:
-    """Write the spans' ids, positions, slots, lengths and page tables into numpy views."""
+def _fill(
+    host: _Packed, spans: Sequence[_Span], page_tokens: int, runs: Sequence[tuple[int, Sequence[int]]] = ()
+) -> None:
+    """Write the spans' ids, positions, slots, lengths and page tables into numpy views.
+
+    Args:
+        runs: of the first spans: how many begin with which pages, which their own tables then leave out.
+    """
     counts = np.fromiter((len(span.token_ids) for span in spans), np.int32, len(spans))
     starts = np.fromiter((span.start for span in spans), np.int32, len(spans))
     host.ids_T[:] = np.fromiter(
         itertools.chain.from_iterable(span.token_ids for span in spans), np.int32, len(host.ids_T)
     )
-    np.add(starts, counts, out=host.lens_R)
+    left_out = [len(pages) for rows, pages in runs for _ in range(rows)]
+    left_out += [0] * (len(spans) - len(left_out))
+    skipped = np.array(left_out, np.int32) * page_tokens
+    np.add(starts - skipped, counts, out=host.lens_R)
     host.cu_q_R1[0] = host.cu_k_R1[0] = 0
     np.cumsum(counts, out=host.cu_q_R1[1:])
     np.cumsum(host.lens_R, out=host.cu_k_R1[1:])
     host.table_RP[:] = SCRATCH_PAGE
     for r, span in enumerate(spans):
         used = -(-(span.start + len(span.token_ids)) // page_tokens)
-        host.table_RP[r, :used] = span.pages[:used]
+        host.table_RP[r, : used - left_out[r]] = span.pages[left_out[r] : used]
     row_T = np.repeat(np.arange(len(spans)), counts)
     host.positions_T[:] = np.arange(len(host.ids_T)) - (host.cu_q_R1[:-1] - starts)[row_T]
-    page_T, offset_T = np.divmod(host.positions_T, page_tokens)
+    page_T, offset_T = np.divmod(host.positions_T - skipped[row_T], page_tokens)
     host.slots_T[:] = host.table_RP[row_T, page_T] * page_tokens + offset_T
+    # Spans of no run, padding with them, are the last group.
+    host.cu_q_N1[:] = len(spans)
+    host.cu_k_N1[:] = 0
+    host.cu_q_N1[0] = 0
+    host.table_NP[:] = SCRATCH_PAGE
+    for n, (rows, pages) in enumerate(runs):
+        host.cu_q_N1[n + 1] = host.cu_q_N1[n] + rows
+        host.cu_k_N1[n + 1 :] = host.cu_k_N1[n] + len(pages) * page_tokens
+        host.table_NP[n, : len(pages)] = pages
+
+
+def _runs(rows: Sequence[RowStep], page_tokens: int) -> tuple[list[int], list[tuple[int, Sequence[int]]]]:
+    """An order of decode rows in which those that begin with the same pages stand together, in front; and of each such
+    group the number of rows and the pages. The page that a row writes is never among them."""
+    groups: dict[int, list[int]] = {}
+    for r, row in enumerate(rows):
+        groups.setdefault(row.pages[0] if row.start >= page_tokens else SCRATCH_PAGE, []).append(r)
+    groups.pop(SCRATCH_PAGE, None)
+    order: list[int] = []
+    runs: list[tuple[int, Sequence[int]]] = []
+    for members in sorted(groups.values(), key=len, reverse=True)[:_RUNS]:
+        if len(members) > 1:
+            whole = [list(rows[r].pages[: rows[r].start // page_tokens]) for r in members]
+            alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(min(whole), max(whole), strict=False))
+            runs.append((len(members), [page for page, _ in alike]))
+            order += members
+    taken = set(order)
+    return order + [r for r in range(len(rows)) if r not in taken], runs
+
+
+def _decodes(rows: Sequence[RowStep]) -> bool:
+    return all(row.sample and len(row.token_ids) == 1 for row in rows)
 
 
 def _spans(rows: Sequence[RowStep]) -> list[_Span]:

@@ -11,7 +11,7 @@ Knows nothing of tensors, models, text, ReAct or Ray.
 from __future__ import annotations
 
 from bisect import insort_left, insort_right
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
@@ -127,6 +127,7 @@ class Scheduler:
         self.waiting: list[Row] = []
         self.copies: list[tuple[int, int, int]] = []  # to be done in order before the next step writes
         self.preemptions = 0
+        self._refused = False  # pages were short for whoever waits, and nobody has left since
         self._ages: dict[str, int] = {}
         self._next_age = count()
         self._prefilled_last = False
@@ -139,9 +140,11 @@ class Scheduler:
         """Queue a row."""
         row.age = self._ages.setdefault(row.sequence_id, next(self._next_age))
         insort_right(self.waiting, row, key=lambda row: row.age)
+        self._refused = False
 
     def remove(self, row: Row) -> None:
         """A row is over: what it has written stays cached for its sequence. Unknown rows are ignored."""
+        self._refused = False
         if row in self.running:
             self.running.remove(row)
             self.pages.pause(row.sequence_id)
@@ -154,6 +157,7 @@ class Scheduler:
         for row in rows:
             self.remove(row)
         self.pages.end(sequence_id)
+        self._refused = False
         self._ages.pop(sequence_id, None)
         return rows
 
@@ -182,6 +186,29 @@ class Scheduler:
                 work.append(Work(row, min(row.left, budget)))
                 budget -= work[-1].count
         return work
+
+    def ahead(self, work: Sequence[Work]) -> list[Work]:
+        """The decode step behind the decode step `work`, planned before anybody knows what that draws.
+
+        Rows that `work` completes whatever they draw are left out. Those that it turns out to have ended are computed
+        in vain.
+
+        Returns:
+            nothing where another step may have to go before it.
+        """
+        running = set(self.running)
+        live = [part for part in work if part.row in running]
+        room = len(running) < self.max_batch and not self._refused
+        if len(live) < len(running) or len(running) > self.max_batch or self.max_decode_tokens:
+            return []
+        if any(part.count > 1 or not part.sample for part in live) or (self.waiting and room):
+            return []
+        going = [
+            Work(part.row, 1)
+            for part in live
+            if part.row.generated + 1 < part.row.request.max_tokens and len(part.row.tokens) + 1 < self.max_model_len
+        ]
+        return going if all(self.pages.extend(part.row.sequence_id, 2) for part in going) else []
 
     def _decode(self, rows: list[Row]) -> list[Work]:
         """One token of each row, and guesses as far as the step has room for them."""
@@ -240,6 +267,7 @@ class Scheduler:
             leave = min(len(self.running), self.pages.num_pages // 64)
             admission = self.pages.admit(row.sequence_id, row.tokens, self.policy, leave=leave)
             if admission is None:
+                self._refused = True
                 return
             self.waiting.remove(row)
             insort_right(self.running, row, key=lambda row: row.age)

@@ -4,6 +4,8 @@ Half precision is checked by logit error, relative to the spread of the logits: 
 runs round the same linear layers, so what differs is attention and the order of its sums.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import (
@@ -92,13 +94,13 @@ def prompt(seed, tokens=PROMPT):
 class Recorded(Runner):
     logits = None
 
-    def _draw(self, logits_BV, ids_B, rows):
-        self.logits = logits_BV.float().clone()
-        return super()._draw(logits_BV, ids_B, rows)
+    def _draw(self, logits_BV, ids_B, rows, place_R):
+        self.logits = logits_BV[list(place_R)].float()
+        return super()._draw(logits_BV, ids_B, rows, place_R)
 
 
-def runner_of(model, kernel, graphs=False, max_batch=8, **kwargs):
-    kv = KVCache(kv_shapes(model.config), 16, PAGE, model.dtype, "cuda")
+def runner_of(model, kernel, graphs=False, max_batch=8, pages=16, **kwargs):
+    kv = KVCache(kv_shapes(model.config), pages, PAGE, model.dtype, "cuda")
     try:
         check_numbers(kernel, kv, model.config)
     except UnsupportedModel as e:
@@ -182,6 +184,93 @@ def test_graphs_equal_uncaptured_steps(name):
         alone = runner.logits
         runner.step([*three, row(d, 8, 9, "d")])
         assert torch.equal(runner.logits[:3], alone)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_compiled_layers_agree_with_uncompiled_ones(name):
+    kernels = half_kernels()
+    if not kernels or (name == "gemma2" and kernels[0] == "torch_varlen"):
+        pytest.skip("no half-precision kernel")
+    torch._dynamo.reset()
+    model = tiny(name, torch.bfloat16)
+    expected = replay(runner_of(model, kernels[0]), [20, 30, 40, 50])
+    runner = runner_of(model, kernels[0], graphs=True)
+    assert runner.compile()
+    uncaptured = replay(runner, [20, 30, 40, 50])
+    runner.capture()
+    assert runner.captured == (2, 4, 8)
+    for got in (uncaptured, replay(runner, [20, 30, 40, 50])):
+        error = (got - expected).abs().amax(-1) / expected.std(-1)
+        worst = error.median() if name == "qwen3_moe" else error.max()
+        assert worst < BOUND[torch.bfloat16], error.tolist()
+    torch._dynamo.reset()
+
+
+FORKS = [([1, 2, 4 + r], 2, 3 + 7 * r) for r in range(6)] + [([3, 10 + r], 1, 9 + r) for r in range(3)]
+FORKS.append(([13], 0, 40))
+"""(pages, whole pages that are shared, tokens of its own) of each row: six begin with pages 1 and 2, three with 3."""
+
+
+def forked(runner):
+    """Prefill the rows of FORKS; the next step of each, which decodes one token."""
+    steps = []
+    for r, (pages, shared, own) in enumerate(FORKS):
+        ids = prompt(pages[0], shared * PAGE) + prompt(50 + r, own + 1)
+        runner.step([RowStep(ids[:-1], 0, pages, False, GREEDY)])
+        steps.append(RowStep(ids[-1:], len(ids) - 1, pages, True, GREEDY))
+    return steps
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_pages_that_rows_share_are_read_once(name, compiled):
+    if "flash_attn" not in half_kernels():
+        pytest.skip("flash_attn is not installed")
+    torch._dynamo.reset()
+    model = tiny(name, torch.bfloat16)
+    plain = runner_of(model, "flash_attn", pages=24, max_batch=16)
+    plain.step(forked(plain))
+    runner = runner_of(model, "flash_attn", pages=24, max_batch=16, graphs=True)
+    if compiled:
+        assert runner.compile()
+    runner.capture()
+    assert runner._graphs[16].sharing == (name != "gemma2")
+    rows = forked(runner)
+    runner.step(rows)
+    error = (runner.logits - plain.logits).abs().amax(-1) / plain.logits.std(-1)
+    assert error.max() < BOUND[torch.bfloat16], error.tolist()
+    # Without the shared pages it would show.
+    zeroed = [replace(row, pages=[14] * (len(row.pages) - 1) + [row.pages[-1]]) for row in rows]
+    runner.step(zeroed)
+    assert ((runner.logits - plain.logits).abs().amax(-1) / plain.logits.std(-1))[:9].min() > BOUND[torch.bfloat16]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9, 0.95, 40, 7)], ids=["greedy", "sampled"])
+def test_steps_launched_ahead_are_those_that_follow_one_another(sampling):
+    kernels = half_kernels()
+    if not kernels:
+        pytest.skip("no half-precision kernel")
+    model = tiny("llama", torch.bfloat16)
+    runner = runner_of(model, kernels[0], pages=24, max_batch=16, graphs=True)
+    runner.capture()
+
+    def of(rows, drawn, keep):
+        return [replace(rows[r], token_ids=[drawn[r]], start=rows[r].start + 1) for r in keep]
+
+    chain = [[*range(10)], [0, 1, 2, 3, 5, 6, 8, 9], [7, 0, 3, 4, 1], [0, 1, 2, 3, 4]]
+    first = [replace(row, sampling=sampling, logprobs=True) for row in forked(runner)]
+    expected, rows = [runner.step(first)], first
+    for keep in chain[1:]:
+        rows = of(rows, [token for token, _ in expected[-1]], keep)
+        expected.append(runner.step(rows))
+    rows = [replace(row, sampling=sampling, logprobs=True) for row in forked(runner)]
+    launched = [runner.launch(rows)]
+    for keep in chain[1:]:
+        rows = of(rows, [0] * len(rows), keep)
+        launched.append(runner.launch(rows, launched[-1], keep))
+    assert [drawn.result() for drawn in launched] == expected
+    assert runner.launch([replace(rows[0], sample=False)]) is None
 
 
 def test_graphs_are_dropped_by_resize_and_captured_again():

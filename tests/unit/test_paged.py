@@ -10,6 +10,7 @@ import zlib
 from array import array
 from concurrent.futures import CancelledError, wait
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -45,11 +46,22 @@ def expected(token_ids, max_tokens, seed=0, stop=frozenset()):
     return tuple(tokens[len(token_ids) :])
 
 
+@dataclass
+class Launched:
+    drawn: list
+    error: Exception | None = None
+
+    def result(self):
+        if self.error is not None:
+            raise self.error
+        return self.drawn
+
+
 class Scripted:
     """Stores token ids in pages. `fail` is called with the rows of each step and may return an exception."""
 
-    def __init__(self, num_pages, page_tokens, fail=lambda rows: None):
-        self.size, self.fail = page_tokens, fail
+    def __init__(self, num_pages, page_tokens, fail=lambda rows: None, launches=False):
+        self.size, self.fail, self.launches, self.behind = page_tokens, fail, launches, 0
         self.graphs, self.resizes, self.steps = True, [], []
         self.gate = threading.Event()
         self.gate.set()
@@ -83,6 +95,20 @@ class Scripted:
             results.append((token, -token / 100) if row.sample else None)
         return results
 
+    def launch(self, rows, after=None, sources=()):
+        """Computes at once what a device would compute later, on tokens that the engine has not seen."""
+        if not self.launches or not all(row.sample and len(row.token_ids) == 1 for row in rows):
+            return None
+        if after is not None:
+            self.behind += 1
+            rows = [replace(row, token_ids=[after.drawn[at][0]]) for row, at in zip(rows, sources, strict=True)]
+        try:
+            return Launched(self.step(rows))
+        except RuntimeError as error:
+            if self.launches == "fails late":
+                return Launched([(-9, 0.0)] * len(rows), error)
+            raise
+
     def copy_page(self, src, dst, tokens):
         self.store[dst] = self.store[src][:tokens] + [-3] * (self.size - tokens)
 
@@ -95,8 +121,8 @@ class Scripted:
 
 
 @contextmanager
-def engine(num_pages=200, page_tokens=4, fail=lambda rows: None, **options):
-    runner = Scripted(num_pages, page_tokens, fail)
+def engine(num_pages=200, page_tokens=4, fail=lambda rows: None, launches=False, **options):
+    runner = Scripted(num_pages, page_tokens, fail, launches)
     settings = {"max_model_len": 400, "max_batch": 16, "max_prefill_tokens": 64, "min_prefill_tokens": 8}
     paged = PagedEngine(
         runner,
@@ -527,8 +553,10 @@ def test_the_oldest_always_advances():
     assert all(len(row.tokens) == 11 for row in rows)
 
 
-@pytest.mark.parametrize("max_decode_tokens", [0, 40])
-def test_stress(max_decode_tokens):
+@pytest.mark.parametrize(
+    ("max_decode_tokens", "launches"), [(0, False), (40, False), (0, "fails"), (0, "fails late"), (40, "fails late")]
+)
+def test_stress(max_decode_tokens, launches):
     """2,000 requests in 500 trajectories from 4 threads, with cancellations, ends and memory errors."""
     rng = random.Random(11)
     chaos = random.Random(12)
@@ -567,8 +595,8 @@ def test_stress(max_decode_tokens):
                 thread.join()
 
     fail = oom_if(lambda rows: chaos.random() < 0.02)
-    options = {"max_decode_tokens": max_decode_tokens, "grow_after": 8}
-    with engine(num_pages=120, max_model_len=250, fail=fail, **options) as (paged, _):
+    options = {"max_decode_tokens": max_decode_tokens, "grow_after": 8, "launches": launches}
+    with engine(num_pages=120, max_model_len=250, fail=fail, **options) as (paged, runner):
         clients = [threading.Thread(target=client, args=(paged, number)) for number in range(4)]
         for thread in clients:
             thread.start()
@@ -580,7 +608,60 @@ def test_stress(max_decode_tokens):
         assert capacity.pages_free + capacity.pages_cached == capacity.pages_total
         assert paged.events["preemptions"] > 0 < paged.events["oom_decode"]
         assert (paged.events["kept"] > 1000) == bool(max_decode_tokens)
+        assert (runner.behind > 100) == (bool(launches) and not max_decode_tokens)
         assert not paged.dead
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_pages": 24, "max_model_len": 90}, {"page_tokens": 1, "num_pages": 4000}, {"max_batch": 5}],
+    ids=["batch", "tiny pool", "pages of one token", "small batch"],
+)
+def test_steps_launched_ahead_change_no_token(options):
+    texts = prompts(30, random.Random(3), 13)
+    with engine(**options, launches=True) as (paged, runner):
+        answers = all_right(paged, texts, 30)
+        assert runner.behind > 20
+        seen = []
+
+        def match(new_ids):
+            seen.extend(new_ids)
+            return len(seen) == 5
+
+        assert answer(paged, "stops", texts[0], 30, matcher=match).token_ids == tuple(seen)
+        assert tuple(seen) == expected(texts[0], 5)
+        assert answer(paged, "logprobs", texts[0], 5, logprobs=True).logprobs == tuple(-t / 100 for t in seen)
+        capacity = paged.capacity()
+        assert capacity.pages_free + capacity.pages_cached == capacity.pages_total
+    with engine(**options) as (paged, runner):
+        assert [a.token_ids for a in all_right(paged, texts, 30)] == [a.token_ids for a in answers]
+        assert runner.behind == 0
+
+
+def test_a_row_that_comes_waits_for_one_step_only():
+    with engine(num_pages=600, max_model_len=2000, launches=True) as (paged, runner):
+        long = paged.submit(request("long", [1, 2, 3], 1500))
+        settled(lambda: runner.behind > 20)
+        runner.gate.clear()
+        short = paged.submit(request("short", [4, 5, 6], 2))
+        runner.gate.set()
+        assert short.result(TIMEOUT_S).token_ids == expected([4, 5, 6], 2)
+        assert not long.done()
+        assert long.result(TIMEOUT_S).token_ids == expected([1, 2, 3], 1500)
+
+
+def test_the_end_of_a_sequence_under_way_frees_its_pages_for_others():
+    slow = {"fail": lambda rows: time.sleep(0.002), "launches": True}
+    with engine(num_pages=40, max_model_len=80, **slow) as (paged, runner):
+        for turn in range(10):
+            futures = [paged.submit(request(f"{turn}/{i}", [turn, i, 7], 60)) for i in range(2)]
+            settled(lambda: runner.behind > 5)
+            paged.end(f"{turn}/0")
+            with pytest.raises(Cancelled):
+                futures[0].result(TIMEOUT_S)
+            assert answer(paged, f"{turn}/new", [turn, 9], 20).token_ids == expected([turn, 9], 20)
+            assert futures[1].result(TIMEOUT_S).token_ids == expected([turn, 1, 7], 60)
+            runner.behind = 0
 
 
 GUESSING = {"max_decode_tokens": 64}

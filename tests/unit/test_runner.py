@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -19,7 +20,7 @@ from transformers import (
 from actors.engine import attention
 from actors.engine.kv import KVCache, kv_shapes
 from actors.engine.protocol import RowStep
-from actors.engine.runner import Runner, graph_sizes
+from actors.engine.runner import Runner, _fill, _Packed, _runs, _Span, graph_sizes
 from actors.errors import InputError, UnsupportedModel
 from actors.messages import Sampling
 
@@ -93,9 +94,9 @@ class Recorded(Runner):
 
     logits = None
 
-    def _draw(self, logits_BV, ids_B, rows):
+    def _draw(self, logits_BV, ids_B, rows, place_R):
         self.logits = logits_BV.clone()
-        return super()._draw(logits_BV, ids_B, rows)
+        return super()._draw(logits_BV, ids_B, rows, place_R)
 
 
 def runner_of(model, pages=40, **kwargs):
@@ -282,6 +283,100 @@ def test_resize_forgets_and_goes_on():
     assert torch.equal(prefill_alone(runner, ids, A_PAGES), expected)
     with pytest.raises(ValueError, match="scratch"):
         runner.resize(0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])  # all of them: tests/gpu
+def test_layers_compile_in_one_piece(name):
+    torch._dynamo.reset()
+    model = tiny(name)
+    ids = prompt(1)
+    runner = runner_of(model)
+    runner.step([row(ids, 0, 50, A_PAGES)])
+    expected = runner.logits
+    assert runner.compile("eager")
+    runner.step([row(ids, 0, 21, B_PAGES, sample=False)])
+    runner.step([row(ids, 21, 50, B_PAGES)])
+    torch.testing.assert_close(runner.logits, expected, atol=1e-4, rtol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_layers_that_do_not_compile_run_as_they_are(caplog):
+    def broken(graph, inputs):
+        raise RuntimeError("no C compiler")
+
+    torch._dynamo.reset()
+    runner = runner_of(tiny("llama"))
+    runner.step([row(prompt(1), 0, 50, A_PAGES)])
+    expected = runner.logits
+    assert not runner.compile(broken)
+    assert "no C compiler" in caplog.text
+    runner.step([row(prompt(1), 0, 50, A_PAGES)])
+    assert torch.equal(runner.logits, expected)
+    torch._dynamo.reset()
+
+
+def test_runs_of_shared_pages():
+    def decode(pages, start):
+        return RowStep([1], start, pages, True, GREEDY)
+
+    rows = [
+        decode([7, 8, 30], 40),  # of 7, 8
+        decode([5], 3),  # too short to share
+        decode([9, 4, 6, 2], 48),  # of 9, 4: the third page of the other is its own
+        decode([7, 8, 31, 32], 63),  # of 7, 8
+        decode([9, 4, 3], 47),
+        decode([12, 13], 20),  # alone
+        decode([7, 8, 31, 33], 49),  # of 7, 8, and not of 31, which the first of the run has not
+    ]
+    order, runs = _runs(rows, PAGE)
+    assert order == [0, 3, 6, 2, 4, 1, 5]
+    assert runs == [(3, [7, 8]), (2, [9, 4])]
+    assert _runs([rows[1], rows[5]], PAGE) == ([0, 1], [])
+    # The page that a row writes is its own, whatever its table says (as while a step is profiled).
+    assert _runs([decode([7, 7, 7], 47), decode([7, 7, 7], 47)], PAGE)[1] == [(2, [7, 7])]
+    many = [decode([100 + i // 2, 200 + i], 20) for i in range(14)]
+    order, runs = _runs(many, PAGE)
+    assert sorted(order) == list(range(14))
+    assert [rows for rows, _ in runs] == [2] * 4
+
+
+def test_a_run_and_the_rows_own_pages_are_the_whole_context():
+    rows = [
+        RowStep([40 + r], start, pages, True, GREEDY)
+        for r, (start, pages) in enumerate([(40, [7, 8, 30]), (3, [5]), (63, [7, 8, 31, 32]), (48, [9, 4, 6, 2])])
+    ]
+    order, runs = _runs(rows, PAGE)
+    spans = [_Span(rows[r].token_ids, rows[r].start, rows[r].pages, 1) for r in order] + [_Span([0], 0, [0], 0)]
+    whole, parts = (_Packed.over(np.full(_Packed.size(5, 5, 6), -1, np.int32), 5, 5, 6) for _ in range(2))
+    _fill(whole, spans, PAGE)
+    _fill(parts, spans, PAGE, runs)
+    for name in ("ids_T", "positions_T", "slots_T", "cu_q_R1"):
+        assert getattr(whole, name).tolist() == getattr(parts, name).tolist()
+    assert parts.cu_q_N1.tolist() == [0, 2, 5, 5, 5, 5]
+    assert parts.cu_k_N1.tolist() == [0, 32, 32, 32, 32, 32]
+    group_R = np.repeat(np.arange(5), np.diff(parts.cu_q_N1))
+    run_R = np.diff(parts.cu_k_N1)[group_R]
+    assert (run_R + parts.lens_R).tolist() == whole.lens_R.tolist()
+    for r, span in enumerate(spans):
+        pages = [*parts.table_NP[group_R[r], : run_R[r] // PAGE], *parts.table_RP[r]]
+        assert pages[: len(span.pages)] == list(span.pages)
+
+
+def test_attention_over_two_sets_of_keys_is_that_over_both():
+    scores = torch.randn(5, 3, 20, dtype=torch.float64)
+    values = torch.randn(20, 3, 8, dtype=torch.float64)
+
+    def attend(keys):
+        p = scores[..., keys].softmax(-1)
+        return torch.einsum("thk,khd->thd", p, values[keys]), scores[..., keys].logsumexp(-1)
+
+    own, run = attend(slice(6, 20)), attend(slice(0, 6))
+    expected, _ = attend(slice(0, 20))
+    run[0][3:] = float("nan")  # rows without a run
+    run[1][3], run[1][4] = float("inf"), -float("inf")
+    got = attention.merge(own[0].float(), own[1].float(), run[0].float(), run[1].float())
+    torch.testing.assert_close(got[:3].double(), expected[:3], atol=1e-5, rtol=1e-5)
+    assert torch.equal(got[3:], own[0][3:].float())
 
 
 def test_graphs_and_profile_do_nothing_on_cpu():
