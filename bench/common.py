@@ -122,7 +122,7 @@ def random_model(
     try:
         return AutoModelForCausalLM.from_config(model_config(shape), dtype=dtype, attn_implementation=attention).eval()
     finally:
-        torch.set_default_device("cpu")
+        torch.set_default_device(None)
 
 
 def runner_of(engine: PagedEngine) -> Any:

@@ -57,7 +57,7 @@ from bench.common import (
 
 STEPS = (3, 4, 4, 5, 5, 5, 6, 7)
 QUESTION_TOKENS = 40
-FEATURES = ("graphs", "compile", "shared", "ahead")
+FEATURES = ("graphs", "compile", "joined", "shared", "ahead")
 SHOWN = [
     *("engine", "repeat", "wall_s", "generated_tok_s", "prefilled_tokens", "reused_tokens", "preemptions"),
     *("prefill_s", "decode_s", "host_s", "prefill_steps", "decode_steps", "limit_s", "ratio_to_limit"),
@@ -186,13 +186,15 @@ class Clock:
         self.step_s: dict[str, list[float]] = {}
         self.profiled: dict[str, list[Counter[str]]] = {}
         self.to_profile: dict[str, int] = {}
-        self._ended = 0.0
+        self.gap_s: Counter[str] = Counter()
+        self._ended, self._last = 0.0, ""
         self.reset()
         runner.step, runner.launch = self.step, self.launch
 
     def reset(self) -> None:
         """Count from zero."""
         self.step_s = {"prefill": [], "decode": []}
+        self.gap_s.clear()
 
     def step(self, rows: Sequence[Any]) -> Any:
         """A timed step."""
@@ -217,7 +219,9 @@ class Clock:
         """A step that was begun then has just ended."""
         now = time.perf_counter()
         self.step_s[kind].append(now - max(begin, self._ended))
-        self._ended = now
+        if self._last and begin > self._ended:
+            self.gap_s[f"{self._last} → {kind}"] += begin - self._ended
+        self._ended, self._last = now, kind
 
     def _profiled(self, kind: str, rows: Sequence[Any]) -> Any:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -272,6 +276,8 @@ class Berth:
         model = random_model(args.shape, device=args.device, dtype=_dtype(args))
         if "shared" in args.without:
             runner_module._SHARING_ROWS = 1 << 30
+        if "joined" in args.without:
+            runner_module.join = lambda body: 0
         self.engine = over_model(
             model,
             pages=args.pages,
@@ -324,6 +330,8 @@ class Berth:
             left -= 1
             if waiting:
                 call(waiting.popleft())
+        gaps = ", ".join(f"{between} {gap_s:.2f} s" for between, gap_s in self.clock.gap_s.most_common())
+        print(f"between steps, the device idle: {gaps}", flush=True)
         for kind, times in self.clock.step_s.items():
             setattr(counts, f"{kind}_s", sum(times))
             setattr(counts, f"{kind}_steps", len(times))

@@ -72,12 +72,13 @@ class Shared:
     """Runs of pages that several rows of a decode step begin with; each run is read once for all its rows.
 
     The rows of a run follow one another, and `Plan.table_RP` and `Plan.lens_R` leave the run out. Rows without one
-    stand behind the others and belong to the last group, whose run is empty.
+    stand behind all others and in no group: for an empty run flash-attn 2.8.3 writes out of bounds.
 
     Attributes:
-        cu_q_N1: int32 [N + 1], running sums of the rows of each group.
+        cu_q_N1: int32 [N + 1], running sums of the rows of each run.
         cu_k_N1: int32 [N + 1], running sums of the runs' tokens.
         table_NP: int32 page tables of the runs.
+        within_T: bool, rows that have a run.
         max_k: longest run in tokens.
         merge: `merge`, compiled where the layers are.
     """
@@ -85,6 +86,7 @@ class Shared:
     cu_q_N1: Tensor
     cu_k_N1: Tensor
     table_NP: Tensor
+    within_T: Tensor
     max_k: int
     merge: Callable[..., Tensor]
 
@@ -300,17 +302,17 @@ def _flash(
             block_table=shared.table_NP,
             return_attn_probs=True,
         )
-        return shared.merge(own[0].squeeze(1), own[1].squeeze(-1), run_THD, run_HT.transpose(0, 1))
+        return shared.merge(own[0].squeeze(1), own[1].squeeze(-1), run_THD, run_HT.transpose(0, 1), shared.within_T)
     return varlen(q_THD, k_PSKD, v_PSKD, plan.cu_q_R1, plan.cu_k_R1, plan.max_q, plan.max_k, **options)
 
 
-def merge(own_THD: Tensor, own_TH: Tensor, run_THD: Tensor, run_TH: Tensor) -> Tensor:
-    """Attention over two disjoint sets of keys from that over each and the logarithms of their sums (Dao et al. 2023,
-    "Flash-Decoding"). An infinite sum of the run marks an empty one, whatever its attention holds.
+def merge(own_THD: Tensor, own_TH: Tensor, run_THD: Tensor, run_TH: Tensor, within_T: Tensor) -> Tensor:
+    """Attention over two disjoint sets of keys, from that over each and the logarithms of their sums (Dao et al. 2023,
+    "Flash-Decoding"); only the first of rows that are not `within_T`, whatever the second holds.
     """
     weight_TH1 = torch.sigmoid(run_TH - own_TH).unsqueeze(-1)
     merged_THD = torch.lerp(own_THD.float(), run_THD.float(), weight_TH1)
-    return torch.where(run_TH.isinf().unsqueeze(-1), own_THD, merged_THD.to(own_THD.dtype))
+    return torch.where(within_T[:, None, None], merged_THD.to(own_THD.dtype), own_THD)
 
 
 def _torch_varlen(
@@ -449,7 +451,7 @@ torch.library.custom_op(
     "berth::attend",
     _attend,
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, int layer, float scale, int? window, float? softcap) -> Tensor",
+    schema="(Tensor q, Tensor k, Tensor v, SymInt layer, float scale, int? window, float? softcap) -> Tensor",
 )
 torch.library.register_fake("berth::attend", _attend_fake)
 AttentionInterface.register(NAME, _attention)

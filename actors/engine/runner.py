@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from actors.engine.attention import NAME, Kernel, Plan, Row, Shared, attending, check_kernel, merge
+from actors.engine.joined import join
 from actors.engine.kv import SCRATCH_PAGE, KVCache
 from actors.engine.protocol import RowStep
 from actors.engine.sampling import choose, wrap_seed
@@ -60,7 +61,7 @@ class _Span:
 
 @dataclass(slots=True)
 class _Packed:
-    """A forward's integers, as int32 views of one buffer; N groups of rows stand for `attention.Shared`."""
+    """A forward's integers, as int32 views of one buffer; N of them are for `attention.Shared`."""
 
     ids_T: Any
     positions_T: Any
@@ -88,9 +89,8 @@ class _Packed:
 
     @staticmethod
     def _sizes(tokens: int, rows: int, pages: int) -> list[int]:
-        groups = _RUNS + 1
         per_row = [rows, rows + 1, rows + 1]
-        return [tokens, tokens, tokens, *per_row, groups + 1, groups + 1, rows * pages, groups * pages]
+        return [tokens, tokens, tokens, *per_row, _RUNS + 1, _RUNS + 1, rows * pages, _RUNS * pages]
 
 
 @dataclass(slots=True)
@@ -255,7 +255,7 @@ class Runner:
 
     @torch.no_grad()
     def compile(self, backend: str = "inductor") -> bool:
-        """Compile the decoder layers; False, with a warning, where that fails, and they run as they are.
+        """Compile the decoder layers, their projections joined (see `joined`); False, with a warning, where that fails.
 
         One compilation serves all layers and all sizes of a step. What it made is kept on disk by torch.
 
@@ -266,6 +266,7 @@ class Runner:
 
         # Layers differ in their index alone, which is to be an argument of one compiled function. Process-wide.
         dynamo.allow_unspec_int_on_nn_module = True
+        join(self._body)
         layers = [*self._body.layers, self._body.norm]
         for layer in layers:
             layer.compile(dynamic=True, fullgraph=True, backend=backend)
@@ -279,7 +280,7 @@ class Runner:
             for layer in layers:
                 layer._compiled_call_impl = None
             self._merge, self._least_tokens = merged, 1
-            log.warning("the layers could not be compiled and run as they are: %s: %s", type(e).__name__, e)
+            log.warning("the layers could not be compiled: %s: %s", type(e).__name__, e)
             return False
         return True
 
@@ -505,8 +506,9 @@ class Runner:
         def decode() -> tuple[Tensor, Tensor]:
             plan = self._plan(packed, 1, self.max_model_len, True)
             if sharing:
+                within_T = torch.arange(size, device=self._device) < packed.cu_q_N1[-1]
                 longest = self._max_pages * self.kv.page_tokens
-                plan.shared = Shared(packed.cu_q_N1, packed.cu_k_N1, packed.table_NP, longest, self._merge)
+                plan.shared = Shared(packed.cu_q_N1, packed.cu_k_N1, packed.table_NP, within_T, longest, self._merge)
             with attending(plan):
                 logits_BV = self._head(self._body_forward(packed))
             return logits_BV, logits_BV.argmax(-1)
@@ -565,13 +567,10 @@ def _fill(
     host.positions_T[:] = np.arange(len(host.ids_T)) - (host.cu_q_R1[:-1] - starts)[row_T]
     page_T, offset_T = np.divmod(host.positions_T - skipped[row_T], page_tokens)
     host.slots_T[:] = host.table_RP[row_T, page_T] * page_tokens + offset_T
-    # Spans of no run, padding with them, are the last group.
-    host.cu_q_N1[:] = len(spans)
-    host.cu_k_N1[:] = 0
-    host.cu_q_N1[0] = 0
+    host.cu_q_N1[:] = host.cu_k_N1[:] = 0
     host.table_NP[:] = SCRATCH_PAGE
     for n, (rows, pages) in enumerate(runs):
-        host.cu_q_N1[n + 1] = host.cu_q_N1[n] + rows
+        host.cu_q_N1[n + 1 :] = host.cu_q_N1[n] + rows
         host.cu_k_N1[n + 1 :] = host.cu_k_N1[n] + len(pages) * page_tokens
         host.table_NP[n, : len(pages)] = pages
 

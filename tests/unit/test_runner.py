@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from actors.engine import attention
+from actors.engine.joined import join
 from actors.engine.kv import KVCache, kv_shapes
 from actors.engine.protocol import RowStep
 from actors.engine.runner import Runner, _fill, _Packed, _runs, _Span, graph_sizes
@@ -288,7 +289,11 @@ def test_resize_forgets_and_goes_on():
 @pytest.mark.parametrize("name", ["llama", "gemma3"])  # all of them: tests/gpu
 def test_layers_compile_in_one_piece(name):
     torch._dynamo.reset()
-    model = tiny(name)
+    config = CONFIGS[name]()
+    config.num_hidden_layers = 12  # more than torch would compile apart
+    config.layer_types = getattr(config, "layer_types", None) and config.layer_types * 3
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     ids = prompt(1)
     runner = runner_of(model)
     runner.step([row(ids, 0, 50, A_PAGES)])
@@ -313,6 +318,27 @@ def test_layers_that_do_not_compile_run_as_they_are(caplog):
     runner.step([row(prompt(1), 0, 50, A_PAGES)])
     assert torch.equal(runner.logits, expected)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_joined_projections_compute_the_same(name):
+    model = tiny(name)
+    before = sum(p.numel() for p in model.parameters())
+    expected = plain_logits(model, prompt(1))
+    assert join(model) == (4 if name == "qwen3_moe" else 8)
+    assert sum(p.numel() for p in model.parameters()) == before
+    torch.testing.assert_close(plain_logits(model, prompt(1)), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        plain_logits(model, prompt(2)[:7]), plain_logits(tiny(name), prompt(2)[:7]), atol=1e-4, rtol=1e-4
+    )
+    assert join(model) == 0
+
+
+def test_layers_that_are_no_plain_linear_ones_stay_apart():
+    model = tiny("llama")
+    model.model.layers[0].mlp.up_proj = torch.nn.Sequential(model.model.layers[0].mlp.up_proj)
+    model.model.layers[1].self_attn.k_proj.bias = torch.nn.Parameter(torch.zeros(32))
+    assert join(model) == 6
 
 
 def test_runs_of_shared_pages():
@@ -352,9 +378,9 @@ def test_a_run_and_the_rows_own_pages_are_the_whole_context():
     _fill(parts, spans, PAGE, runs)
     for name in ("ids_T", "positions_T", "slots_T", "cu_q_R1"):
         assert getattr(whole, name).tolist() == getattr(parts, name).tolist()
-    assert parts.cu_q_N1.tolist() == [0, 2, 5, 5, 5, 5]
-    assert parts.cu_k_N1.tolist() == [0, 32, 32, 32, 32, 32]
-    group_R = np.repeat(np.arange(5), np.diff(parts.cu_q_N1))
+    assert parts.cu_q_N1.tolist() == [0, 2, 2, 2, 2]
+    assert parts.cu_k_N1.tolist() == [0, 32, 32, 32, 32]
+    group_R = [0, 0, 1, 1, 1]
     run_R = np.diff(parts.cu_k_N1)[group_R]
     assert (run_R + parts.lens_R).tolist() == whole.lens_R.tolist()
     for r, span in enumerate(spans):
@@ -373,8 +399,9 @@ def test_attention_over_two_sets_of_keys_is_that_over_both():
     own, run = attend(slice(6, 20)), attend(slice(0, 6))
     expected, _ = attend(slice(0, 20))
     run[0][3:] = float("nan")  # rows without a run
-    run[1][3], run[1][4] = float("inf"), -float("inf")
-    got = attention.merge(own[0].float(), own[1].float(), run[0].float(), run[1].float())
+    run[1][3], run[1][4] = float("inf"), float("nan")
+    within = torch.arange(5) < 3
+    got = attention.merge(own[0].float(), own[1].float(), run[0].float(), run[1].float(), within)
     torch.testing.assert_close(got[:3].double(), expected[:3], atol=1e-5, rtol=1e-5)
     assert torch.equal(got[3:], own[0][3:].float())
 
