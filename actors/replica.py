@@ -6,6 +6,7 @@ Turns a Turn (text) into the engine's matcher (token ids) and back. Knows no ReA
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 from collections.abc import Sequence
@@ -51,6 +52,10 @@ class Replica:
         self.stop_token_ids = stop_token_ids(model.folder, trust_remote_code=spec.trust_remote_code)
         ranks = start_ranks(spec, threads) if spec.tp > 1 else []
         self.engine: Engine = build(spec)
+        # What the start made stays as long as the process; looking through it again and again for garbage would hold
+        # up steps (half a second in 20 s of small ones).
+        gc.collect()
+        gc.freeze()
         self.step_limit_s = spec.step_limit_s or STEP_LIMIT_S["gpu" if ray.get_gpu_ids() else "cpu"]
         watch(ranks)
         self.id = f"{serve.get_replica_context().replica_id.unique_id}@{os.uname().nodename}"

@@ -670,7 +670,6 @@ def reuse(args: argparse.Namespace, source: Source) -> list[Result]:
     def engine_of(pages: int) -> PagedEngine:
         return over_model(
             model,
-            kernel="reference",
             pages=max(pages, pages_for([longest], args.reuse_page_tokens)) + 1,
             page_tokens=args.reuse_page_tokens,
             max_batch=len(traces),

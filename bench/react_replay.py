@@ -19,6 +19,7 @@ and seeded, weights too. Trajectories are independent closed loops: the next cal
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import random
 import re
@@ -289,6 +290,8 @@ class Berth:
             speculation=args.speculation,
             budget_fraction=args.budget_fraction,
         )
+        gc.collect()
+        gc.freeze()  # as a replica does
         runner = runner_of(self.engine)
         if "ahead" in args.without:
             self.engine.scheduler.ahead = lambda work: []
@@ -298,6 +301,7 @@ class Berth:
             "without": args.without,
             "pages": runner.kv.pages,
             "graphs": len(runner.captured),
+            "memory": str(self.engine.memory),
             "max_batch": args.max_batch,
             "max_prefill_tokens": args.max_prefill_tokens,
         }
@@ -359,6 +363,7 @@ class Berth:
     def close(self) -> None:
         """Free the device."""
         self.engine.close()
+        gc.unfreeze()
 
 
 # --- peers

@@ -48,7 +48,7 @@ class _Part(nn.Module):
 
 
 def _biased(layer: nn.Linear) -> bool:
-    return isinstance(layer.bias, nn.Parameter)
+    return "bias" in dict(layer.named_parameters())
 
 
 @torch.no_grad()

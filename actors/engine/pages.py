@@ -184,7 +184,7 @@ class PageAllocator:
         root = self._roots.setdefault(policy, _Node(None, 0, ()))
         path = self._walk(token_ids, policy)
         end, done = path[-1] if path else root, len(path) * self.page_tokens
-        rest = token_ids[done : min(done + self.page_tokens, len(token_ids) - 1)]
+        rest = tuple(token_ids[done : min(done + self.page_tokens, len(token_ids) - 1)])
 
         tail = old.tail if old and old.tail and old.tail.parent is end and not old.tail.gone else None
         kept = _common(tail.tokens, rest) if tail else 0
@@ -309,7 +309,7 @@ class PageAllocator:
             path.append(node)
         return path
 
-    def _best_source(self, end: _Node, rest: Sequence[int]) -> tuple[_Node | None, int]:
+    def _best_source(self, end: _Node, rest: tuple[int, ...]) -> tuple[_Node | None, int]:
         """The page below `end` that starts with most of `rest`, and how many tokens of it."""
         best, most = None, 0
         for nodes in (end.children.values(), end.tails):
@@ -410,9 +410,13 @@ class PageAllocator:
         return node.page
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     """Length of the common prefix."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
