@@ -97,7 +97,14 @@ class KVCache:
             raise
         self.pages = pages
 
-    def copy_page(self, src: int, dst: int, tokens: int | None = None) -> None:
-        """Copy the first `tokens` tokens of a page (all of them by default) in every layer."""
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy pages (from, to) in every layer as if one after the other, with two operations a tensor for all of them.
+
+        None may write a page that one before it reads.
+        """
+        source: dict[int, int] = {}  # of what is copied on
+        for src, dst in copies:
+            source[dst] = source.get(src, src)
+        from_N, to_N = (torch.tensor(list(pages), device=self.device) for pages in (source.values(), source))
         for cache in (*self.k, *self.v):
-            cache[dst, :tokens].copy_(cache[src, :tokens])
+            cache.index_copy_(0, to_N, cache.index_select(0, from_N))

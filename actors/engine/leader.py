@@ -35,7 +35,7 @@ class Command(IntEnum):
 
     ALIVE = 0
     STEP = 1
-    COPY_PAGE = 2
+    COPY_PAGES = 2
     RESIZE = 3
     DROP_GRAPHS = 4
     DROP_CACHES = 5
@@ -75,10 +75,10 @@ class Leader:
     def launch(self, rows: Sequence[RowStep], after: Any = None, sources: Sequence[int] = ()) -> None:
         """Ranks agree on each step before the next one."""
 
-    def copy_page(self, src: int, dst: int, tokens: int) -> None:
+    def copy_pages(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """See `protocol.Runner`."""
-        with self._told(Command.COPY_PAGE, [src, dst, tokens]):
-            self._runner.copy_page(src, dst, tokens)
+        with self._told(Command.COPY_PAGES, list(chain.from_iterable(copies))):
+            self._runner.copy_pages(copies)
 
     def drop_graphs(self) -> None:
         """See `protocol.Runner`."""
@@ -162,8 +162,8 @@ def follow(runner: ShardedRunner) -> None:
                     gang.agree()
                 case Command.STEP:
                     runner.step(unpack(words, page_tokens))
-                case Command.COPY_PAGE:
-                    runner.copy_page(*words.tolist())
+                case Command.COPY_PAGES:
+                    runner.copy_pages([(src, dst, tokens) for src, dst, tokens in words.reshape(-1, 3).tolist()])
                 case Command.RESIZE:
                     runner.resize(*words.tolist())
                 case Command.DROP_GRAPHS:

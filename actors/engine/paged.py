@@ -292,8 +292,9 @@ class PagedEngine:
         failure: Exception | None = None
         try:
             while scheduler.copies:
-                runner.copy_page(*scheduler.copies[0])
-                del scheduler.copies[0]
+                copies = scheduler.next_copies()
+                runner.copy_pages(copies)
+                del scheduler.copies[: len(copies)]
             rows = [step for part in work for step in self._row_steps(part)]
             drawn = runner.launch(rows) or _Done(runner.step(rows))
         except Exception as e:

@@ -255,8 +255,9 @@ class Runner(Protocol):
         After what `launch` gave before, each row goes on with the token that the row at its source draws there."""
         ...
 
-    def copy_page(self, src: int, dst: int, tokens: int, /) -> None:
-        """Copy the first tokens of a page."""
+    def copy_pages(self, copies: Sequence[tuple[int, int, int]], /) -> None:
+        """(page, page, tokens): copy at least the first tokens of one to the other, in order. None is written that was
+        read before, so it can be repeated."""
         ...
 
     def drop_graphs(self) -> None:

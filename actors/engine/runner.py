@@ -284,9 +284,9 @@ class Runner:
             return False
         return True
 
-    def copy_page(self, src: int, dst: int, tokens: int | None = None) -> None:
-        """Copy the first `tokens` tokens (by default all) of a page in every layer."""
-        self.kv.copy_page(src, dst, tokens)
+    def copy_pages(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """See `protocol.Runner`; pages are copied whole."""
+        self.kv.copy_pages([(src, dst) for src, dst, _ in copies])
 
     def resize(self, num_pages: int) -> None:
         """Drop graphs and all KV, then allocate `num_pages` pages, the scratch page included.

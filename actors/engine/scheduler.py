@@ -229,6 +229,15 @@ class Scheduler:
             work.append(Work(row, 1, tuple(drafts)))
         return work
 
+    def next_copies(self) -> list[tuple[int, int, int]]:
+        """The first of `copies`, as many as can be done (and repeated) together: none writes what was read before."""
+        read: set[int] = set()
+        for at, (src, dst, _) in enumerate(self.copies):
+            if dst in read:
+                return self.copies[:at]
+            read.add(src)
+        return list(self.copies)
+
     def commit(self, work: Iterable[Work]) -> None:
         """The step's KV is written. Call it before drawn tokens are appended to the rows."""
         for part in work:

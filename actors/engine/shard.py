@@ -141,9 +141,9 @@ class ShardedRunner(Runner):
         return drawn
 
     @_agreed
-    def copy_page(self, src: int, dst: int, tokens: int | None = None) -> None:
-        """See `Runner.copy_page`."""
-        super().copy_page(src, dst, tokens)
+    def copy_pages(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """See `Runner.copy_pages`."""
+        super().copy_pages(copies)
 
     @_agreed
     def resize(self, num_pages: int) -> None:

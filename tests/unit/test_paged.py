@@ -109,8 +109,12 @@ class Scripted:
                 return Launched([(-9, 0.0)] * len(rows), error)
             raise
 
-    def copy_page(self, src, dst, tokens):
-        self.store[dst] = self.store[src][:tokens] + [-3] * (self.size - tokens)
+    def copy_pages(self, copies):
+        read = set()
+        for src, dst, tokens in copies:
+            assert dst not in read
+            read.add(src)
+            self.store[dst] = self.store[src][:tokens] + [-3] * (self.size - tokens)
 
     def drop_graphs(self):
         self.graphs = False
@@ -473,19 +477,28 @@ def test_a_pool_that_cannot_come_back_is_the_end():
 def test_a_failed_copy_is_repeated():
     failures = [FakeOOM("in a copy")] * 3
     with engine() as (paged, runner):
-        copy = runner.copy_page
+        copy = runner.copy_pages
 
-        def flaky(*args):
+        def flaky(copies):
+            copy(copies)
             if failures:
                 raise failures.pop()
-            copy(*args)
 
-        runner.copy_page = flaky
+        runner.copy_pages = flaky
         answer(paged, "a", list(range(20)), 1)
         texts = [[*range(18), 40 + i] for i in range(4)]
         futures = [paged.submit(request(f"{i}", text)) for i, text in enumerate(texts)]
         assert [f.result(TIMEOUT_S).token_ids for f in futures] == [expected(text, 8) for text in texts]
         assert not failures
+
+
+def test_copies_that_write_what_was_read_wait():
+    scheduler = Scheduler(PageAllocator(9, 4), max_batch=1, max_prefill_tokens=1, max_model_len=8)
+    scheduler.copies = [(7, 8, 3), (8, 5, 2), (7, 3, 1), (2, 7, 3), (7, 2, 1), (1, 4, 1)]
+    for expected in ([(7, 8, 3), (8, 5, 2), (7, 3, 1)], [(2, 7, 3)], [(7, 2, 1), (1, 4, 1)], []):
+        found = scheduler.next_copies()
+        assert found == expected
+        del scheduler.copies[: len(found)]
 
 
 def test_a_poisonous_row_fails_alone():

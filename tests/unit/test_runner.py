@@ -266,12 +266,13 @@ def test_a_copied_partial_page_serves_another_row():
     runner = runner_of(tiny("gemma3"))
     ids = prompt(1)
     expected = prefill_alone(runner, ids, A_PAGES).clone()
-    runner.copy_page(A_PAGES[2], 20, tokens=8)
+    runner.copy_pages([(A_PAGES[2], 19, 9), (19, 20, 8), (A_PAGES[0], 18, 8)])
     # 40 = 2 pages + 8 tokens are taken over: two shared pages, and the copy.
     runner.step([row(ids, 40, 50, [A_PAGES[0], A_PAGES[1], 20, 21])])
     assert torch.equal(runner.logits[0], expected)
-    runner.copy_page(A_PAGES[2], 22)
-    assert torch.equal(runner.kv.k[1][22], runner.kv.k[1][A_PAGES[2]])
+    for page, copied in ((A_PAGES[2], 19), (A_PAGES[2], 20), (A_PAGES[0], 18)):
+        assert torch.equal(runner.kv.k[1][copied], runner.kv.k[1][page])
+        assert torch.equal(runner.kv.v[3][copied], runner.kv.v[3][page])
 
 
 def test_resize_forgets_and_goes_on():
