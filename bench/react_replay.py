@@ -58,7 +58,7 @@ from bench.common import (
 
 STEPS = (3, 4, 4, 5, 5, 5, 6, 7)
 QUESTION_TOKENS = 40
-FEATURES = ("graphs", "compile", "joined", "shared", "ahead")
+FEATURES = ("graphs", "compile", "shared", "ahead")
 SHOWN = [
     *("engine", "repeat", "wall_s", "generated_tok_s", "prefilled_tokens", "reused_tokens", "preemptions"),
     *("prefill_s", "decode_s", "host_s", "prefill_steps", "decode_steps", "limit_s", "ratio_to_limit"),
@@ -277,8 +277,6 @@ class Berth:
         model = random_model(args.shape, device=args.device, dtype=_dtype(args))
         if "shared" in args.without:
             runner_module._SHARING_ROWS = 1 << 30
-        if "joined" in args.without:
-            runner_module.join = lambda body: 0
         self.engine = over_model(
             model,
             pages=args.pages,

@@ -155,6 +155,7 @@ def over_model(
     kind: Any = Runner if gang is None else partial(ShardedRunner, gang=gang)
     runner: Runner = kind(model, kv, chosen, batch, prefill, length, graphs=graphs, invariant=invariant)
     cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if cuda else 0
     half = chosen in ("flash_attn", "torch_varlen") and gang is None
     compiled = False
     if half and (compile == "on" or (compile == "auto" and not hasattr(model.config, "num_experts"))):
@@ -175,16 +176,16 @@ def over_model(
     )
     measured = {"weights_bytes": sum(p.nbytes for p in model.parameters())}
     if cuda and pages is None:
-        measured |= _measure(runner)
+        measured |= _measure(runner, before)
     with nullcontext() if gang is None else gang.agreed(START_S):
         count = pages or _pages(kv, predicted, measured, budget_fraction, most_pages(batch, length, page_tokens), tp)
     count = count if gang is None else gang.smallest(count)
     runner.resize(count)
     measured["pool_bytes"] = count * kv.bytes_page
-    before = device_used_bytes(device) if cuda else 0
+    used = device_used_bytes(device) if cuda else 0
     runner.capture()
     if cuda:
-        measured["graph_bytes"] = device_used_bytes(device) - before
+        measured["graph_bytes"] = device_used_bytes(device) - used
     memory = MemoryReport(predicted, measured, device_used_bytes(device) if cuda else None)
     leader = lead(runner) if isinstance(runner, ShardedRunner) else None
     name = str(dtype).removeprefix("torch.")
@@ -229,14 +230,16 @@ def _squeezed(device: torch.device) -> Callable[[], bool]:
     return lambda: others() > before + OTHERS_BYTES
 
 
-def _measure(runner: Runner) -> dict[str, int]:
+def _measure(runner: Runner, before: int) -> dict[str, int]:
     """The components that profile steps show, before the KV pool and the graphs exist.
+
+    Args:
+        before: bytes that were allocated before the runner's first step.
 
     Raises:
         torch.OutOfMemoryError: the largest step does not fit.
     """
     device = runner.kv.device
-    before = torch.cuda.memory_allocated(device)
     runner.profile(1, 1)  # cuBLAS takes its workspace, modules are loaded: neither belongs to a step
     workspace_bytes = torch.cuda.memory_allocated(device) - before
     activation_bytes = runner.profile(max_batch=1)

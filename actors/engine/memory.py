@@ -19,8 +19,7 @@ logits       the head runs over drawn rows only, when the activations are gone: 
              workspace of CUDA's sort (its second buffer of keys and indices) is added.
 graphs       one memory pool for all sizes, as large as the largest decode step with its logits; one buffer of outputs;
              a packed batch of integers a size; and cuBLAS's workspaces, which it keeps for each thread and stream that
-             ever ran a matrix product: the warm-up of each size runs on a stream of its own (torch hands out 32), the
-             captures on one more.
+             ever ran a matrix product: one for the warm-ups of all sizes, one for their captures.
 context      CUDA's context and loaded kernels; slack is what torch's allocator rounds and fragments, and what the
              driver keeps for graphs. These two are constants, fitted to bench/results/react_replay_8b.json (an H200).
 

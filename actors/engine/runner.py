@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 
 from actors.engine.attention import NAME, Kernel, Plan, Row, Shared, attending, check_kernel, merge
-from actors.engine.joined import join
 from actors.engine.kv import SCRATCH_PAGE, KVCache
 from actors.engine.protocol import RowStep
 from actors.engine.sampling import choose, wrap_seed
@@ -255,7 +254,7 @@ class Runner:
 
     @torch.no_grad()
     def compile(self, backend: str = "inductor") -> bool:
-        """Compile the decoder layers, their projections joined (see `joined`); False, with a warning, where that fails.
+        """Compile the decoder layers; False, with a warning, where that fails, and they run as they are.
 
         One compilation serves all layers and all sizes of a step. What it made is kept on disk by torch.
 
@@ -266,7 +265,6 @@ class Runner:
 
         # Layers differ in their index alone, which is to be an argument of one compiled function. Process-wide.
         dynamo.allow_unspec_int_on_nn_module = True
-        join(self._body)
         layers = [*self._body.layers, self._body.norm]
         for layer in layers:
             layer.compile(dynamic=True, fullgraph=True, backend=backend)
@@ -280,7 +278,7 @@ class Runner:
             for layer in layers:
                 layer._compiled_call_impl = None
             self._merge, self._least_tokens = merged, 1
-            log.warning("the layers could not be compiled: %s: %s", type(e).__name__, e)
+            log.warning("the layers could not be compiled and run as they are: %s: %s", type(e).__name__, e)
             return False
         return True
 

@@ -1,4 +1,4 @@
-"""The memory model against published sizes, real steps on the CPU, and what was measured on an H200."""
+"""The memory model against published sizes, real steps on the CPU, and what was measured on GPUs."""
 
 import json
 import sys
@@ -182,8 +182,8 @@ def test_logits_are_those_of_a_real_draw(name, rows):
 # --- the whole
 
 
-def test_the_replay_on_an_h200():
-    """Peak of what torch allocated, 132 GB with the pool, and the size of the pool itself."""
+def test_the_replay_on_an_h100():
+    """Peak of what torch allocated, 70 GiB with the pool, and the size of the pool itself."""
     document = json.loads((RESULTS / "react_replay_8b.json").read_text())
     settings = document["summary"]["berth"]["settings"]
     config = model_config("8b")
@@ -199,10 +199,10 @@ def test_the_replay_on_an_h200():
     allocated = found.weights_bytes + found.workspace_bytes + found.graph_bytes + found.activation_bytes
     peak = document["results"][0]["peak_bytes"]
     assert allocated == pytest.approx(peak - pool, rel=0.01)
-    assert found.pool_bytes == pytest.approx(pool, rel=0.005)  # context and slack were fitted to this
+    assert found.pool_bytes == pytest.approx(pool, rel=0.01)
 
 
-def test_an_idle_engine_on_an_h200():
+def test_an_idle_engine_on_an_h100():
     """SmolLM2-135M in bf16, 256 pages, graphs up to 64 rows: what stays allocated between steps."""
     document = json.loads((RESULTS / "engine_gpu_c.json").read_text())
     config = smollm2_135m()
@@ -309,7 +309,7 @@ def test_profile_steps_are_told_apart(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1100)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8000, 10_000))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    assert assemble._measure(runner) == {
+    assert assemble._measure(runner, 1000) == {
         "activation_bytes": 800,
         "logits_bytes": 200,
         "workspace_bytes": 32,

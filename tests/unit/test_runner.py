@@ -18,7 +18,6 @@ from transformers import (
 )
 
 from actors.engine import attention
-from actors.engine.joined import join
 from actors.engine.kv import KVCache, kv_shapes
 from actors.engine.protocol import RowStep
 from actors.engine.runner import Runner, _fill, _Packed, _runs, _Span, graph_sizes
@@ -319,27 +318,6 @@ def test_layers_that_do_not_compile_run_as_they_are(caplog):
     runner.step([row(prompt(1), 0, 50, A_PAGES)])
     assert torch.equal(runner.logits, expected)
     torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_joined_projections_compute_the_same(name):
-    model = tiny(name)
-    before = sum(p.numel() for p in model.parameters())
-    expected = plain_logits(model, prompt(1))
-    assert join(model) == (4 if name == "qwen3_moe" else 8)
-    assert sum(p.numel() for p in model.parameters()) == before
-    torch.testing.assert_close(plain_logits(model, prompt(1)), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(
-        plain_logits(model, prompt(2)[:7]), plain_logits(tiny(name), prompt(2)[:7]), atol=1e-4, rtol=1e-4
-    )
-    assert join(model) == 0
-
-
-def test_layers_that_are_no_plain_linear_ones_stay_apart():
-    model = tiny("llama")
-    model.model.layers[0].mlp.up_proj = torch.nn.Sequential(model.model.layers[0].mlp.up_proj)
-    model.model.layers[1].self_attn.k_proj.bias = torch.nn.Parameter(torch.zeros(32))
-    assert join(model) == 6
 
 
 def test_runs_of_shared_pages():
