@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine.protocol import Capacity, Engine
 from actors.errors import BerthError, EngineError, Fenced
-from actors.messages import Ask, Call, Forecast, Lease, Resident, Usage
+from actors.messages import Ask, Call, DeviceBytes, Forecast, Lease, Resident, Usage
 from actors.metrics import LedgerMetrics, ReplicaMetrics
 from actors.placement import Placement
 
@@ -330,14 +330,27 @@ class Reporter:
         pool: the pool that the replica belongs to.
         replica: the replica's id.
         engine: whose sizes are reported and whose rows are ended.
+        device_bytes: tells the GPU's memory.
+
+    Attributes:
+        device: the GPU's memory, looked at once a second.
     """
 
-    def __init__(self, ledger: str, pool: str, replica: str, engine: Engine):
+    def __init__(
+        self,
+        ledger: str,
+        pool: str,
+        replica: str,
+        engine: Engine,
+        device_bytes: Callable[[], DeviceBytes | None] = lambda: None,
+    ):
         self.ledger, self.pool, self.replica, self.engine = ledger, pool, replica, engine
+        self.device_bytes = device_bytes
         self.residents: dict[str, Resident] = {}
         self.running: Counter[str] = Counter()
         self.prefilled, self.prefill_s = 0, 0.0
         self.metrics = ReplicaMetrics(pool, replica)
+        self.device: DeviceBytes | None = None
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -387,7 +400,8 @@ class Reporter:
         ask_all = False
         ledger: Any = None
         while True:
-            self.metrics.tell(self.engine.capacity(), getattr(self.engine, "events", {}))
+            self.device = self.device_bytes()
+            self.metrics.tell(self.engine.capacity(), getattr(self.engine, "events", {}), self.device)
             try:
                 ledger = ledger or find(self.ledger)
                 orders: Orders = await ledger.report.remote(self.report(all_residents=ask_all))

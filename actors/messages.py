@@ -187,17 +187,33 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceBytes:
+    """Memory of a replica's GPU.
+
+    Attributes:
+        allocated, reserved: the most that torch has held in use, and kept, since the engine's start.
+        used: what all processes hold now.
+    """
+
+    allocated: int
+    reserved: int
+    used: int
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """A replica's answer to a call.
 
     Attributes:
         replica: id of the replica that served it.
         numerics: under which it computed.
+        device: its GPU's memory within the last second; None on a CPU.
     """
 
     generation: Generation
     replica: str
     numerics: Numerics
+    device: DeviceBytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

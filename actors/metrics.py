@@ -6,10 +6,12 @@ Knows nothing of how they come about.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from ray.util.metrics import Counter, Gauge
 
 from actors.engine.protocol import Capacity
+from actors.messages import DeviceBytes
 
 
 class LedgerMetrics:
@@ -36,10 +38,15 @@ class ReplicaMetrics:
         self.events = Counter(
             "berth_engine_events", "Out of memory, preemptions, evictions and so on", ("pool", "replica", "event")
         )
+        self.bytes = Gauge(
+            "berth_gpu_bytes", "Allocated and reserved by torch at most, used by all now", ("pool", "replica", "kind")
+        )
         self.before: Mapping[str, int] = {}
 
-    def tell(self, sizes: Capacity, events: Mapping[str, int]) -> None:
-        """Sizes now, and how often what has happened since the engine's start."""
+    def tell(self, sizes: Capacity, events: Mapping[str, int], device: DeviceBytes | None = None) -> None:
+        """Sizes now, how often what has happened since the engine's start, and the GPU's memory."""
+        for kind, size in asdict(device).items() if device else ():
+            self.bytes.set(size, self.tags | {"kind": kind})
         for state in ("total", "free", "cached"):
             self.pages.set(getattr(sizes, f"pages_{state}"), self.tags | {"state": state})
         for event, count in events.items():

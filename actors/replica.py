@@ -43,6 +43,8 @@ class Replica:
     """
 
     def __init__(self, spec: EngineSpec, threads: int, ledger: str, pool: str, *larger: Any):
+        from actors.engine.memory import device_bytes
+
         if threads:
             import torch
 
@@ -59,7 +61,7 @@ class Replica:
         self.step_limit_s = spec.step_limit_s or STEP_LIMIT_S["gpu" if ray.get_gpu_ids() else "cpu"]
         watch(ranks)
         self.id = f"{serve.get_replica_context().replica_id.unique_id}@{os.uname().nodename}"
-        self.reporter = Reporter(ledger, pool, self.id, self.engine)
+        self.reporter = Reporter(ledger, pool, self.id, self.engine, device_bytes)
         self.reporter.start()
 
     async def generate(self, call: Call) -> Reply:
@@ -85,7 +87,7 @@ class Replica:
         self.reporter.answered(call, generation.usage)
         if matcher.reason == "stage":
             generation = replace(generation, finish_reason="stage")
-        return Reply(generation, self.id, self.engine.numerics)
+        return Reply(generation, self.id, self.engine.numerics, self.reporter.device)
 
     async def end(self, row_ids: Sequence[str]) -> None:
         """Free what the engine keeps for these trajectories."""

@@ -16,12 +16,13 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs
 
+from actors.messages import DeviceBytes
 from pipeline.tables import filesystem
 from pipeline.tasks import packed
 
@@ -36,9 +37,11 @@ AWAY_S = 600.0
 RECORD_FILE = re.compile(r"\d{20}-[0-9a-f]{8}(-merged)?\.jsonl(\.\d+\.tmp)?")
 """Names of the objects, and of what a write that was cut off leaves."""
 
+DEVICE = ("allocated_bytes", "reserved_bytes", "used_bytes")
+
 RECORDS = pa.schema(
     [(name, pa.string()) for name in ("kind", "row_id", "pool", "rung", "replica", "status", "cause")]
-    + [(name, pa.int64()) for name in ("attempt", "predicted_bytes", "kv_bytes")]
+    + [(name, pa.int64()) for name in ("attempt", "predicted_bytes", "kv_bytes", *DEVICE)]
     + [(name, pa.float64()) for name in ("at", "gpu_s", "lost_gpu_s")]
 )
 """Starts, failures and ends of attempts; of finished rows no more than what they cost."""
@@ -221,6 +224,7 @@ class Journal:
         cause: str,
         lost_gpu_s: float | None = None,
         pool: str | None = None,
+        device: DeviceBytes | None = None,
     ) -> None:
         """Record that an attempt failed for reasons of infrastructure; its row is not finished."""
         self.progress.running -= 1
@@ -234,10 +238,13 @@ class Journal:
                 "cause": cause[:2000],
                 "lost_gpu_s": lost_gpu_s,
                 "pool": pool,
+                **_device(device),
             }
         )
 
-    async def finish(self, row_id: str, attempt: int, replica: str, result: dict[str, Any]) -> dict[str, Any] | None:
+    async def finish(
+        self, row_id: str, attempt: int, replica: str, result: dict[str, Any], device: DeviceBytes | None = None
+    ) -> dict[str, Any] | None:
         """Record a finished row; returns when it is durable: None, or the row that counts in its place.
 
         Where another attempt of the row finished first, that one counts and this one is dropped.
@@ -255,6 +262,7 @@ class Journal:
             "status": result["status"],
             "pool": result["pool"],
             "cause": (result["error"] or "")[:2000] or None,
+            **_device(device),
             "row": result,
         }
         await self._append(record, row)
@@ -377,6 +385,10 @@ class Journal:
 
         packs = (pa.Table.from_pylist(pack, schema=RECORDS) for pack in packed(told()))
         return pa.concat_tables([RECORDS.empty_table(), *packs])
+
+
+def _device(found: DeviceBytes | None) -> dict[str, int]:
+    return {f"{name}_bytes": size for name, size in asdict(found).items()} if found else {}
 
 
 def write_whole(filesystem: fs.FileSystem, path: str, content: bytes) -> None:

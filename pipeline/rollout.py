@@ -38,7 +38,7 @@ from actors.agent import Limits, Rollout
 from actors.engine.protocol import Capacity
 from actors.errors import EngineDead, EngineError, Fenced, Incomplete, InputError, NotHome, OutOfMemory
 from actors.ladder import GiveUp, Hardware, Shortage, Standing, next_rung
-from actors.messages import Call, Forecast, Generation, Numerics, Reply, Sampling, Trajectory
+from actors.messages import Call, DeviceBytes, Forecast, Generation, Numerics, Reply, Sampling, Trajectory
 from actors.placement import own_pages
 from actors.router import session_id
 from actors.tokens import codec_of
@@ -203,6 +203,7 @@ class Attempts:
         self.pool = self.wanted  # that served it last
         self.tries = 0
         self.gpu_s = 0.0  # of this attempt
+        self.device: DeviceBytes | None = None  # of its last call
 
     async def begin(self) -> Begin:
         """Forecast the row as well as is known by now, and ask the journal for the next attempt."""
@@ -211,7 +212,7 @@ class Attempts:
         pages = own_pages(self.forecast.p95_tokens, self.forecast.shared_tokens, sizes.page_tokens)
         self.predicted_bytes = pages * sizes.page_tokens * sizes.kv_bytes_token or None
         begun = await self.agents.record("begin", self.task.row_id, self.wanted, self.rung, self.predicted_bytes)
-        self.attempt, self.gpu_s = begun.attempt, 0.0
+        self.attempt, self.gpu_s, self.device = begun.attempt, 0.0, None
         self.tries += begun.wait_s is None
         return begun
 
@@ -234,7 +235,7 @@ class Attempts:
             trajectory = Trajectory(self.task, (), None, None, "error", error=said, error_type="infra")
         trajectory = replace(trajectory, attempts=max(1, self.attempt), numerics=self.numerics)
         row = await asyncio.get_running_loop().run_in_executor(self.agents.scoring, self._scored, trajectory)
-        counts = await self.agents.record("finish", self.task.row_id, self.attempt, self.replica, row)
+        counts = await self.agents.record("finish", self.task.row_id, self.attempt, self.replica, row, self.device)
         self.agents.forecaster.observe(counts or row)
         return counts or row
 
@@ -319,11 +320,12 @@ class Attempts:
             else:
                 self.replica, self.numerics = reply.replica, reply.numerics
                 self.gpu_s += reply.generation.usage.gpu_s
+                self.device = reply.device
                 return reply.generation
             said = f"{type(cause).__name__}: {cause}".splitlines()[0]
             self.lease.failed(self.home)
-            failed = (self.task.row_id, self.attempt, self.home or self.replica, said, self.gpu_s, self.pool)
-            await self.agents.record("fail", *failed)
+            failed = (self.task.row_id, self.attempt, self.home or self.replica)
+            await self.agents.record("fail", *failed, said, self.gpu_s, self.pool, self.device)
             await asyncio.sleep(RETRY_S)
             while (begun := await self.begin()).wait_s is not None:
                 await asyncio.sleep(begun.wait_s)

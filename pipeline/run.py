@@ -387,6 +387,9 @@ def _attempt_row(records: list[dict[str, Any]], page_bytes: int) -> dict[str, An
         "outcome": end["status"] or "failed",
         "cause": end["cause"],
         "kv_pages": -(-end["kv_bytes"] // page_bytes) if page_bytes and end["kv_bytes"] else None,
+        "allocated_bytes": end["allocated_bytes"],
+        "reserved_bytes": end["reserved_bytes"],
+        "nvml_used_bytes": end["used_bytes"],
         "gpu_s": end["gpu_s"],
         "lost_gpu_s": end["lost_gpu_s"],
     }

@@ -52,6 +52,7 @@ from actors.engine.kv import kv_bytes_token, kv_shapes
 from actors.engine.protocol import Memory
 from actors.engine.runner import graph_sizes
 from actors.engine.sampling import CHUNK_ROWS, choose
+from actors.messages import DeviceBytes
 
 PAGE_TOKENS = 256
 CONTEXT_BYTES = 768 << 20
@@ -249,6 +250,14 @@ def device_used_bytes(device: torch.device) -> int:
             pass
     free, total = torch.cuda.mem_get_info(device)
     return total - free
+
+
+def device_bytes() -> DeviceBytes | None:
+    """Memory of the GPU that this process computes on; None where it uses none."""
+    if not torch.cuda.is_initialized():
+        return None
+    used = device_used_bytes(torch.device("cuda", torch.cuda.current_device()))
+    return DeviceBytes(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), used)
 
 
 def _nvml() -> Any:

@@ -4,8 +4,9 @@ import random
 
 import pytest
 
+from actors.messages import DeviceBytes
 from pipeline import journal as module
-from pipeline.journal import Journal
+from pipeline.journal import DEVICE, Journal
 
 ROW = {
     "status": "ok",
@@ -82,10 +83,12 @@ async def test_records_tell_each_attempt(tmp_path):
     await journal.begin("a/0", "single", "start")
     await journal.fail("a/0", 1, "r1", "ActorDiedError: gone")
     await journal.begin("a/0", "single", "start")
-    await journal.finish("a/0", 2, "r2", ROW)
+    await journal.finish("a/0", 2, "r2", ROW, DeviceBytes(7, 8, 9))
     told = [(r["kind"], r["attempt"]) for r in journal.records().to_pylist()]
     assert told == [("begin", 1), ("fail", 1), ("begin", 2), ("finish", 2)]
     assert "row" not in journal.records().column_names
+    device = journal.records().select(DEVICE).to_pylist()
+    assert [tuple(found.values()) for found in device] == [(None,) * 3] * (len(device) - 1) + [(7, 8, 9)]
 
 
 async def test_a_write_that_fails_fails_its_callers_and_only_them(tmp_path, monkeypatch):

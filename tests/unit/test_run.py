@@ -176,8 +176,11 @@ def test_a_private_folder_beside_the_run_does_not_stop_it(tmp_path, monkeypatch,
 
 def test_attempts_tell_what_was_predicted_and_what_was_used(tmp_path):
     begun = record("begin", 1) | {"predicted_bytes": 4096}
-    write_attempts(str(tmp_path), records(begun, record("finish", 1, status="ok", gpu_s=0.5, kv_bytes=2049)), 1024)
+    ended = record("finish", 1, status="ok", gpu_s=0.5, kv_bytes=2049)
+    ended |= {"allocated_bytes": 7, "reserved_bytes": 8, "used_bytes": 9}
+    write_attempts(str(tmp_path), records(begun, ended), 1024)
     [row] = read_table(tmp_path / "attempts", ATTEMPTS).to_pylist()
+    assert (row["allocated_bytes"], row["reserved_bytes"], row["nvml_used_bytes"]) == (7, 8, 9)
     assert (row["predicted_bytes"], row["kv_pages"], row["gpu_s"]) == (4096, 3, 0.5)
 
 
