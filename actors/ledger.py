@@ -400,7 +400,10 @@ class Reporter:
         ask_all = False
         ledger: Any = None
         while True:
-            self.device = self.device_bytes()
+            try:
+                self.device = self.device_bytes()
+            except RuntimeError as e:  # a dead CUDA context; the replica's health check ends the process
+                log.warning("the GPU does not tell its memory: %s", e)
             self.metrics.tell(self.engine.capacity(), getattr(self.engine, "events", {}), self.device)
             try:
                 ledger = ledger or find(self.ledger)

@@ -158,6 +158,8 @@ def over_model(
     before = torch.cuda.memory_allocated(device) if cuda else 0
     half = chosen in ("flash_attn", "torch_varlen") and gang is None
     compiled = False
+    if compile == "on" and not half:
+        log.warning("compile: on has no effect on %s in %s over %d ranks: layers run as they are", device, dtype, tp)
     if half and (compile == "on" or (compile == "auto" and not hasattr(model.config, "num_experts"))):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(loader.cache_folder() / "compiled"))
         compiled = runner.compile()

@@ -136,6 +136,7 @@ class PagedEngine:
         self._failing = False  # the last step failed
         self._since_s: float | None = None  # when the step under way began
         self._finished_s = 0.0  # when the last one had ended
+        self._hold = 0  # steps until one may be launched ahead again
         self._mail: SimpleQueue[Row | str | None] = SimpleQueue()  # a row: queue it, or drop it if cancelled
         self._closed = False
         self._lock = threading.Lock()  # between `_closed` and the mail
@@ -309,6 +310,9 @@ class PagedEngine:
         """Launch the step behind one under way, so that the device does not wait for the host to read its tokens."""
         if isinstance(flight.drawn, _Done) or self._closed:
             return None
+        if self._hold:
+            self._hold -= 1
+            return None
         assert self._runner is not None
         work = self.scheduler.ahead(flight.work)
         if not work:
@@ -319,11 +323,18 @@ class PagedEngine:
             RowStep((0,), row.done + 1, table(row.sequence_id), True, row.request.sampling, row.request.logprobs)
             for row in (part.row for part in work)
         ]
+        failure: Exception | None = None
         try:
             drawn = self._runner.launch(rows, flight.drawn, [at[part.row] for part in work])
-        except Exception as e:
-            log.warning("a step could not be launched ahead: %s: %s", type(e).__name__, e)
-            return None  # it is planned again when the one before has ended
+        except Exception as e:  # it is planned again when the one before has ended
+            failure, drawn = e.with_traceback(None), None
+        if failure is not None:
+            log.warning("a step could not be launched ahead: %s: %s", type(failure).__name__, failure)
+            self._hold = self._grow_after
+            oom = self._is_oom(failure)
+            self._events["oom_decode" if oom else "errors"] += 1
+            if oom:
+                self._drop_caches()
         return None if drawn is None else _Flight(work, drawn, self._clock())
 
     def _finish(self, flight: _Flight) -> bool:
@@ -333,17 +344,18 @@ class PagedEngine:
             drawn = flight.drawn.result()
         except Exception as e:
             failure, drawn = e.with_traceback(None), ()
+        # Of rows that the step before this one ended, or that were cancelled meanwhile, nothing is kept.
+        running = set(self.scheduler.running)
+        live = [part for part in flight.work if part.row in running]
         if failure is not None:
-            self._recover(flight.work, failure)
+            self._recover(live, failure)
             return False
         now_s = self._clock()
         started_s, self._finished_s = max(flight.started_s, self._finished_s), now_s
-        token_s = (now_s - started_s) / sum(part.tokens for part in flight.work)
+        token_s = (now_s - started_s) / max(1, sum(part.tokens for part in live))
         samples = [part.sample for part in flight.work]
-        running = set(self.scheduler.running)
         results = iter(drawn)
-        # Of rows that the step before this one ended, or that were cancelled meanwhile, nothing is kept.
-        self.scheduler.commit(part for part in flight.work if part.row in running)
+        self.scheduler.commit(live)
         for part, sample in zip(flight.work, samples, strict=True):
             row, result = part.row, next(results)
             further = list(islice(results, len(part.drafts)))
@@ -447,6 +459,8 @@ class PagedEngine:
         oom, scheduler, runner = self._is_oom(error), self.scheduler, self._runner
         if not oom and _is_fatal(error):
             raise EngineDead(f"{type(error).__name__}: {error}") from error
+        if not work:
+            return
         assert runner is not None
         row, rows, tokens = work[0].row, len(work), sum(part.tokens for part in work)
         prefill = row.left > 1

@@ -265,19 +265,25 @@ class Runner:
 
         # Layers differ in their index alone, which is to be an argument of one compiled function. Process-wide.
         dynamo.allow_unspec_int_on_nn_module = True
-        layers = [*self._body.layers, self._body.norm]
-        for layer in layers:
-            layer.compile(dynamic=True, fullgraph=True, backend=backend)
-        merged, self._merge = self._merge, torch.compile(self._merge, dynamic=True, fullgraph=True, backend=backend)
+        layers, plain = [*self._body.layers, self._body.norm], self._merge
         self._least_tokens = 2
         try:
+            if dynamo.disable:
+                raise RuntimeError("torch.compile is switched off")
+            for layer in layers:
+                layer.compile(dynamic=True, fullgraph=True, backend=backend)
+            self._merge = torch.compile(plain, dynamic=True, fullgraph=True, backend=backend)
             self.step([RowStep([0, 0, 0], 0, [SCRATCH_PAGE], True, Sampling())])
+            heads = self._model.config.num_attention_heads
+            part_THD = torch.zeros(2, heads, self.kv.shapes[0][1], dtype=self.kv.dtype, device=self._device)
+            sum_TH = torch.zeros(2, heads, device=self._device)
+            self._merge(part_THD, sum_TH, part_THD, sum_TH.t().contiguous().t(), sum_TH[:, 0] > 0)
         except torch.OutOfMemoryError:
             raise
         except Exception as e:
             for layer in layers:
                 layer._compiled_call_impl = None
-            self._merge, self._least_tokens = merged, 1
+            self._merge, self._least_tokens = plain, 1
             log.warning("the layers could not be compiled and run as they are: %s: %s", type(e).__name__, e)
             return False
         return True

@@ -22,6 +22,9 @@ from actors.engine.protocol import Request
 from actors.errors import EngineError
 from actors.messages import Generation
 
+MOST_COPIES = 16
+"""Pages that are copied together: of one layer they take some MiB on their way."""
+
 
 @dataclass(eq=False, slots=True)
 class Row:
@@ -232,11 +235,11 @@ class Scheduler:
     def next_copies(self) -> list[tuple[int, int, int]]:
         """The first of `copies`, as many as can be done (and repeated) together: none writes what was read before."""
         read: set[int] = set()
-        for at, (src, dst, _) in enumerate(self.copies):
+        for at, (src, dst, _) in enumerate(self.copies[:MOST_COPIES]):
             if dst in read:
                 return self.copies[:at]
             read.add(src)
-        return list(self.copies)
+        return self.copies[:MOST_COPIES]
 
     def commit(self, work: Iterable[Work]) -> None:
         """The step's KV is written. Call it before drawn tokens are appended to the rows."""
@@ -256,6 +259,7 @@ class Scheduler:
         self.copies.clear()
 
     def _preempt(self, row: Row) -> None:
+        self._refused = False
         self.running.remove(row)
         self.pages.pause(row.sequence_id)
         self.preemptions += 1

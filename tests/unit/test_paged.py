@@ -656,11 +656,72 @@ def test_a_row_that_comes_waits_for_one_step_only():
         long = paged.submit(request("long", [1, 2, 3], 1500))
         settled(lambda: runner.behind > 20)
         runner.gate.clear()
+        before, ended = len(runner.steps), []
         short = paged.submit(request("short", [4, 5, 6], 2))
+        short.add_done_callback(lambda _: ended.append(len(runner.steps)))
         runner.gate.set()
         assert short.result(TIMEOUT_S).token_ids == expected([4, 5, 6], 2)
-        assert not long.done()
+        settled(lambda: ended)
+        assert ended[0] - before <= 6
         assert long.result(TIMEOUT_S).token_ids == expected([1, 2, 3], 1500)
+
+
+def test_a_preemption_lets_those_in_who_were_refused():
+    """B grows until it is preempted; the follow-up of an older sequence, refused before, has room from then on."""
+    slow = {"fail": lambda rows: time.sleep(0.002), "launches": True}
+    with engine(num_pages=41, max_model_len=150, max_batch=4, **slow) as (paged, runner):
+        answer(paged, "old", [1, 2, 3], 1)
+        began = len(runner.steps)
+        done: dict[str, int] = {}
+        asked = (
+            ("A", list(range(10)), 130),
+            ("B", [(7 * i + 3) % 50 for i in range(100)], 45),
+            ("old", [1, 2, 3, *range(20, 70)], 6),
+        )
+        futures = [paged.submit(request(name, text, length)) for name, text, length in asked[:2]]
+        settled(lambda: paged.capacity().running == 2)
+        futures.append(paged.submit(request(*asked[2])))
+        for (name, _, _), future in zip(asked, futures, strict=True):
+            future.add_done_callback(lambda _, name=name: done.setdefault(name, len(runner.steps) - began))
+        for (_, text, length), future in zip(asked, futures, strict=True):
+            assert future.result(TIMEOUT_S).token_ids == expected(text, length)
+        settled(lambda: len(done) == 3)
+        assert paged.events["preemptions"] > 0
+        assert done["old"] < done["A"]
+
+
+def test_what_cannot_be_launched_ahead_is_not_tried_at_each_step():
+    drops = []
+    with engine(launches=True, grow_after=10, drop_caches=lambda: drops.append(1)) as (paged, runner):
+        launch = runner.launch
+
+        def starved(rows, after=None, sources=()):
+            if after is not None:
+                raise FakeOOM("no room to draw")
+            return launch(rows)
+
+        runner.launch = starved
+        assert answer(paged, "a", [1, 2, 3], 200).token_ids == expected([1, 2, 3], 200)
+        assert 10 <= paged.events["oom_decode"] == len(drops) <= 20
+
+
+def test_copies_that_do_not_fit_together_are_done_apart():
+    with engine(num_pages=2000, max_model_len=60, max_batch=64) as (paged, runner):
+        copy, sizes = runner.copy_pages, []
+
+        def small(copies):
+            sizes.append(len(copies))
+            if len(copies) > 16:
+                raise FakeOOM("no room for so many pages")
+            copy(copies)
+
+        runner.copy_pages = small
+        answer(paged, "a", list(range(30)), 1)
+        texts = [[*range(27), 100 + i, 7] for i in range(40)]
+        futures = [paged.submit(request(f"{i}", text)) for i, text in enumerate(texts)]
+        assert [f.result(TIMEOUT_S).token_ids for f in futures] == [expected(text, 8) for text in texts]
+        assert sum(sizes) > 30
+        assert paged.events["oom_prefill"] == paged.events["oom_decode"] == 0
 
 
 def test_the_end_of_a_sequence_under_way_frees_its_pages_for_others():

@@ -320,6 +320,16 @@ def test_layers_that_do_not_compile_run_as_they_are(caplog):
     torch._dynamo.reset()
 
 
+def test_what_was_not_compiled_is_not_said_to_be(monkeypatch):
+    monkeypatch.setattr("torch._dynamo.config.disable", True)
+    runner = runner_of(tiny("llama"))
+    assert not runner.compile("eager")
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("not supported")))
+    assert not runner.compile("eager")
+    runner.step([row(prompt(1), 0, 50, A_PAGES)])
+
+
 def test_runs_of_shared_pages():
     def decode(pages, start):
         return RowStep([1], start, pages, True, GREEDY)
