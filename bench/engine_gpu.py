@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import random
 import statistics
 import subprocess
@@ -52,7 +51,7 @@ from bench.common import (
     runner_of,
     write_json,
 )
-from bench.react_replay import Trace, make_traces
+from bench.react_replay import Trace, make_traces, read_traces
 
 MAX_MODEL_LEN = 2048
 Result = dict[str, Any]
@@ -569,11 +568,6 @@ def oom(args: argparse.Namespace, source: Source) -> list[Result]:
 
 # --- e: reuse
 
-_INSTRUCTION = (
-    "Answer the question by steps of Thought, Action and Observation. Thought reasons about the situation. Action is "
-    "Search[entity], Lookup[keyword] or Finish[answer]. Observation is what the tool says.\n"
-)
-
 
 class _Forgetful(PageAllocator):
     """Finds nothing of what is cached: every admission has a KV policy of its own."""
@@ -591,21 +585,7 @@ def recorded(args: argparse.Namespace, source: Source, vocabulary: int) -> list[
     """Trajectories of a replay file in the model's own tokens, or synthetic ones."""
     if args.replay is None or source.folder is None:
         return make_traces(args.trajectories, 5, prefix=300, vocabulary=vocabulary)
-    tokenizer: Any = loader.load_tokenizer(source.folder)
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    shared = ids(Path(args.fewshot).read_text(encoding="utf-8") if args.fewshot else _INSTRUCTION)
-    traces: list[Trace] = []
-    for line in Path(args.replay).read_text(encoding="utf-8").splitlines()[: args.trajectories]:
-        row = json.loads(line)
-        steps = [
-            ids(f"Thought {i}: {s['thought']}\nAction {i}: {s['action']}\nObservation {i}: {s['observation']}\n")
-            for i, s in enumerate(row["steps"], 1)
-        ]
-        traces.append(Trace(row["id"], shared + ids(f"Question: {row['question']}\n"), steps[:-1]))
-    return traces
+    return read_traces(args.replay, args.fewshot, loader.load_tokenizer(source.folder), args.trajectories)
 
 
 def play(

@@ -13,13 +13,17 @@ and seeded, weights too. Trajectories are independent closed loops: the next cal
 `limit_overlapped_s` lets the two run beside each other: the larger of all operations and all bytes.
 
     python -m bench.react_replay --shape 8b --engines berth,continuous_batching --out bench/results/react_8b.json
+    python -m bench.react_replay --shape 8b --replay traces.jsonl --fewshot prompt.txt --trajectories 400
     python -m bench.react_replay --shape tiny --device cpu --trajectories 3 --prefix 64 --generate 4
+
+With `--replay` the text is what was recorded: where its thoughts were written by a template, say so beside the figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import random
 import re
@@ -33,12 +37,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from actors.engine import loader
 from actors.engine import runner as runner_module
 from actors.engine.assemble import over_model
 from actors.engine.protocol import Request
@@ -102,6 +108,41 @@ def make_traces(n: int, seed: int, *, prefix: int = 1700, vocabulary: int = 150_
         steps = draw.choice(STEPS)
         prompt = shared + tokens(QUESTION_TOKENS)
         traces.append(Trace(f"{seed}:{index}", prompt, [tokens(48 + draw.randrange(60, 250)) for _ in range(steps)]))
+    return traces
+
+
+INSTRUCTION = (
+    "Answer the question by steps of Thought, Action and Observation. Thought reasons about the situation. Action is "
+    "Search[entity], Lookup[keyword] or Finish[answer]. Observation is what the tool says.\n"
+)
+
+
+def read_traces(
+    replay: str, fewshot: str | None, tokenizer: Any, n: int, seed: int | None = None, vocabulary: int = 1 << 31
+) -> list[Trace]:
+    """Recorded trajectories, repeated up to `n`.
+
+    Args:
+        replay: JSON lines of id, question and steps of thought, action, observation.
+        fewshot: text file that all prompts start with; None takes an instruction.
+        seed: stands at the very start of all prompts, so that other seeds share nothing with these.
+        vocabulary: larger token ids are folded into it.
+    """
+
+    def ids(text: str) -> list[int]:
+        return [token % vocabulary for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    shared = ids("" if seed is None else f"Set {seed}.\n")
+    shared += ids(Path(fewshot).read_text(encoding="utf-8") if fewshot else INSTRUCTION)
+    traces: list[Trace] = []
+    rows = [json.loads(line) for line in Path(replay).read_text(encoding="utf-8").splitlines()]
+    for copy, row in ((at // len(rows), rows[at % len(rows)]) for at in range(n)):
+        steps = [
+            ids(f"Thought {i}: {s['thought']}\nAction {i}: {s['action']}\nObservation {i}: {s['observation']}\n")
+            for i, s in enumerate(row["steps"], 1)
+        ]
+        question = f"Question: {row['question']}\n" if not copy else f"Question ({copy}): {row['question']}\n"
+        traces.append(Trace(f"{seed}:{copy}:{row['id']}", shared + ids(question), steps[:-1]))
     return traces
 
 
@@ -555,6 +596,10 @@ def measure(name: str, args: argparse.Namespace, rates: dict[str, float]) -> Run
     vocabulary = min(150_000, model_config(args.shape).vocab_size)
     trajectories = min(args.trajectories, args.hf_trajectories) if name == "hf_generate" else args.trajectories
     make = partial(make_traces, prefix=args.prefix, vocabulary=vocabulary)
+    if args.replay:
+        tokenizer = loader.load_tokenizer(loader.resolve(args.tokenizer).folder)
+        make = partial(read_traces, args.replay, args.fewshot, tokenizer, vocabulary=vocabulary)
+        args.prefix = min(map(len, (trace.prompt for trace in make(2, args.seed)))) - QUESTION_TOKENS
     repeats = [make(trajectories, args.seed + repeat) for repeat in range(args.repeats)]
     # `generate` compiles and captures nothing, and 32 trajectories take it a minute.
     warm = make(min(2 if name == "hf_generate" else 32, trajectories), 9)
@@ -604,6 +649,7 @@ def _row(
         "trajectories": len(traces),
         "calls": calls,
         "generated_tokens": calls * args.generate,
+        "appended_tokens": sum(len(step) for trace in traces for step in trace.steps),
         "prefilled_tokens": counts.prefilled,
         "reused_tokens": counts.reused,
         "preemptions": counts.preemptions,
@@ -652,6 +698,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--hf-trajectories", type=int, default=32, help="hf_generate: it is slow, so at most so many")
     add("--cb-compile", type=int, default=1, help="continuous_batching: compile level")
     add("--prefix", type=int, default=1700, help="tokens of the shared prefix")
+    add("--replay", help="JSON lines of recorded trajectories in place of random tokens, repeated to --trajectories")
+    add("--fewshot", help="--replay: text file that all prompts start with (default: an instruction)")
+    add("--tokenizer", default="smollm2-135m", help="--replay: model whose tokenizer it is")
     add("--generate", type=int, default=64, help="tokens generated a call")
     add("--device", default=default_device())
     add("--profile", action="store_true", help="berth: print what kernels a few steps spend their time in")
@@ -688,7 +737,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             traceback.print_exc()
     results = [row for run in runs for row in run.rows]
     summary = summarize(runs)
-    print_table(f"ReAct replay, {args.shape}", [{key: row[key] for key in SHOWN} for row in results])
+    of = f"{args.shape}, {Path(args.replay).name}" if args.replay else args.shape
+    print_table(f"ReAct replay, {of}", [{key: row[key] for key in SHOWN} for row in results])
     workload = {key: value for key, value in vars(args).items() if key not in ("out", "device", "profile")}
     return write_json(
         args.out,

@@ -31,6 +31,20 @@ def test_replay(tmp_path, capsys):
     assert "ReAct replay" in capsys.readouterr().out
 
 
+def test_replay_of_recorded_text(tmp_path):
+    step = {"thought": "I look it up.", "action": "Search[Femme]", "observation": "Femme is a lesbian identity."}
+    rows = [{"id": str(i), "question": f"What is question {i}?", "steps": [step] * (2 + i)} for i in range(2)]
+    (tmp_path / "replay.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    document = react_replay.main(
+        f"--shape tiny --device cpu --trajectories 5 --repeats 2 --generate 4 --replay {tmp_path}/replay.jsonl".split()
+    )
+    first, second = document["results"]
+    assert first["calls"] == second["calls"] == 2 + 3 + 2 + 3 + 2
+    assert first["appended_tokens"] > 5 * 10
+    # A repeat is other text: it finds nothing of the first in the cache.
+    assert first["prefilled_tokens"] == pytest.approx(second["prefilled_tokens"], rel=0.1)
+
+
 def test_reference_work():
     traces = react_replay.make_traces(256, 0)
     assert sum(trace.calls for trace in traces) == 1546
