@@ -486,8 +486,8 @@ class Runner:
         _fill(host, spans, self.kv.page_tokens, runs)
         graph.device.copy_(flat, non_blocking=True)
         if after is not None:
-            place_R = torch.tensor([after.place_R[sources[r]] for r in order], pin_memory=True)
-            graph.device[: len(rows)] = after.ids_B[place_R.to(self._device, non_blocking=True)]
+            drawn_at = torch.tensor([after.place_R[sources[r]] for r in order], pin_memory=True)
+            graph.device[: len(rows)] = after.ids_B[drawn_at.to(self._device, non_blocking=True)]
         graph.graph.replay()
         if self._graph_logits_BV is None or self._graph_ids_B is None:
             raise RuntimeError("a graph outlived its outputs")
