@@ -11,10 +11,19 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from actors.engine.loader import SMOLLM2
 from actors.errors import InputError
@@ -23,6 +32,14 @@ from actors.ladder import RUNGS
 Auto = Literal["auto"]
 UNRECORDED = "(not recorded)"
 _SECRET = re.compile(r"(?i)(key|token|secret|passw(or)?d|credential)s?$")
+
+
+def _word(value: object) -> object:
+    """YAML reads a bare `on` and `off` as true and false."""
+    return ("off", "on")[value] if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)]
 
 
 class Part(BaseModel):
@@ -164,10 +181,10 @@ class RunConfig(Part):
     seed: int = Field(default=0, ge=0, description="every row's seed derives from it")
     model: ModelConfig = Field(description="which model")
     engine: str = Field(default="paged", description="paged, reference, or module:factory")
-    speculation: Literal["auto", "on", "off"] = Field(
+    speculation: Switch = Field(
         default="auto", description="guess tokens from the row's own text and check them; auto: where it is faster"
     )
-    compile: Literal["auto", "on", "off"] = Field(
+    compile: Switch = Field(
         default="auto", description="compile the model's layers when a replica starts; auto: on a GPU, where it pays"
     )
     numerics: Literal["fast", "invariant"] = Field(

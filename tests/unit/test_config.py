@@ -42,6 +42,16 @@ def test_assignments_and_options_win_over_the_file(tmp_path):
     assert (config.sampling.temperature, config.agent.max_tokens.thought, config.limit) == (0.7, 9, 3)
 
 
+@pytest.mark.parametrize("word", ["on", "off", "auto"])
+def test_on_and_off_can_be_written_as_they_are(tmp_path, word):
+    file = write(tmp_path, f"suite: s\nout: o\nmodel: {{id: m}}\nspeculation: {word}\n")
+    config = load_run(file, [f"compile={word}"])
+    assert (config.speculation, config.compile) == (word, word)
+    for wrong in ("1", "[on]", "maybe"):
+        with pytest.raises(InputError, match="compile: not valid"):
+            load_run(file, [f"compile={wrong}"])
+
+
 def test_merged_yaml_keys_may_be_set_again(tmp_path):
     text = "suite: s\nout: o\nmodel: {id: m}\npools: {a: {labels: &l {x: y}}}\nray: {labels: {<<: *l, x: z}}"
     assert load_run(write(tmp_path, text)).ray.labels == {"x": "z"}
