@@ -31,7 +31,8 @@ from actors.ladder import RUNGS
 
 Auto = Literal["auto"]
 UNRECORDED = "(not recorded)"
-_SECRET = re.compile(r"(?i)(key|token|secret|passw(or)?d|credential)s?$")
+_SECRET = re.compile(r"(?i)(key|token|secret|passw(or)?d|credential|sig(nature)?)s?$")
+_PARAMETER = re.compile(r"([?&]([^=&#\s]+)=)[^&#\s]+")
 
 
 def _word(value: object) -> object:
@@ -277,8 +278,8 @@ def _check(config: RunConfig, file: str) -> None:
 def dump(config: BaseModel) -> dict[str, Any]:
     """The resolved config as plain data for run.json, without what may be a secret.
 
-    Left out are the values of `runtime_env`'s variables and of a tool's `args` whose names tell of a secret, and what
-    stands before an `@` in a URI.
+    Left out are the values of `runtime_env`'s variables, of a tool's `args` and of a URI's parameters whose names tell
+    of a secret, and what stands before an `@` in a URI.
     """
     data = _public(config.model_dump(mode="json"))
     variables = data.get("ray", {}).get("runtime_env", {}).get("env_vars")
@@ -297,7 +298,10 @@ def _public(data: Any, in_args: bool = False) -> Any:
         }
     if isinstance(data, list):
         return [_public(value, in_args) for value in data]
-    return re.sub(r"(?<=://)[^/@\s]+(?=@)", UNRECORDED, data) if isinstance(data, str) else data
+    if not isinstance(data, str) or "://" not in data:
+        return data
+    data = _PARAMETER.sub(lambda found: found[1] + UNRECORDED if _SECRET.search(found[2]) else found[0], data)
+    return re.sub(r"(?<=://)[^/@\s]+(?=@)", UNRECORDED, data)
 
 
 def absolute(path: str, base: Path) -> str:

@@ -74,6 +74,12 @@ def test_a_model_is_a_folder_beside_who_names_it(tmp_path, monkeypatch):
 def test_dump_keeps_no_secret(tmp_path):
     config = load_run(write(tmp_path, MINIMAL | {"out": "s3://KEY:never@host/x"}))
     assert dump(config)["out"] == "s3://(not recorded)@host/x"
+    signed = "https://host/x?region=eu&X-Amz-Signature=never&sig=never&access_key=never"
+    config = load_run(write(tmp_path, MINIMAL | {"out": signed, "data": "why?token=kept"}))
+    assert dump(config)["out"] == (
+        "https://host/x?region=eu&X-Amz-Signature=(not recorded)&sig=(not recorded)&access_key=(not recorded)"
+    )
+    assert dump(config)["data"].endswith("why?token=kept")
     args = {
         "api_key": "never",
         "Token": "never",
