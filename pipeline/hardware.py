@@ -1,7 +1,7 @@
 """GPUs and how fast they run a model: a table of common ones, this machine's, and a roofline.
 
 Seconds are operations of the prefill over the matrix rate, and bytes of a decode step (weights, the rows' KV) over the
-memory rate, divided by the share of these rates that the engine reached on an H200 (`Efficiency`), which is assumed to
+memory rate, divided by the share of these rates that the engine reached on an H100 (`Efficiency`), which is assumed to
 hold on other GPUs. Loading, tools, and time in which a batch is not full are not in them.
 
 The table. Matrix rate: dense bf16 with fp32 sums; memory rate: the board's; both from NVIDIA's data sheets (A10G: AWS's
@@ -56,14 +56,14 @@ class Efficiency:
 
     Attributes:
         prefill: share of the matrix rate; decode: share of the memory rate; step_s: host work of a step. From
-            bench/results/react_replay_8b.json, one H200.
+            bench/results/react_replay_8b.json, one H100.
         sharded_prefill, sharded_decode: share that is left of each doubling of the GPUs. From a sketch of the engine on
             two H100s with NVLink: prefill 30.4 k → 46.2 k tokens/s, decode 18.5 → 14.7 ms a step.
     """
 
-    prefill: float = 0.417
-    decode: float = 0.563
-    step_s: float = 0.0058
+    prefill: float = 0.543
+    decode: float = 0.545
+    step_s: float = 0.0047
     sharded_prefill: float = 0.76
     sharded_decode: float = 0.63
 
@@ -91,13 +91,18 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a run computes, in tokens; `_context` sums the context that each of these tokens attends to."""
+    """What a run computes, in tokens; `_context` sums the context that each of these tokens attends to.
+
+    Attributes:
+        shared: so many every context begins with alike, and a decode step reads their KV once.
+    """
 
     calls: float
     prefill: float
     prefill_context: float
     decode: float
     decode_context: float
+    shared: float = 0
 
 
 def run_seconds(
@@ -123,7 +128,8 @@ def run_seconds(
     steps = work.decode / rows
     # The experts that no row of a step takes are not read.
     unread = shape.expert_bytes * (1 - shape.used_experts) ** rows
-    decode_bytes = steps * (shape.read_bytes - unread) + work.decode_context * shape.kv_bytes_token
+    kv_tokens = work.decode_context - (work.decode - steps) * work.shared
+    decode_bytes = steps * (shape.read_bytes - unread) + kv_tokens * shape.kv_bytes_token
     prefill_s = (prefill_flop + 4 * shape.attention * work.prefill_context) / flop_s
     return prefill_s, max(decode_bytes / bytes_s, decode_flop / flop_s) + steps * reached.step_s
 

@@ -130,6 +130,7 @@ def work_of(expected: Expected) -> Work:
         prefill_context=expected.rows * prefill * context,
         decode=expected.rows * decode,
         decode_context=expected.rows * decode * context,
+        shared=expected.shared,
     )
 
 
