@@ -401,7 +401,7 @@ class Reporter:
         ledger: Any = None
         while True:
             try:
-                self.device = self.device_bytes()
+                self.device = await asyncio.to_thread(self.device_bytes)
             except RuntimeError as e:  # a dead CUDA context; the replica's health check ends the process
                 log.warning("the GPU does not tell its memory: %s", e)
             self.metrics.tell(self.engine.capacity(), getattr(self.engine, "events", {}), self.device)

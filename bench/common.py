@@ -125,6 +125,13 @@ def random_model(
         torch.set_default_device(None)
 
 
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Index of the first token that differs; None where they are equal."""
+    if tuple(a) == tuple(b):
+        return None
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def runner_of(engine: PagedEngine) -> Any:
     """The runner under an engine, to time it or to feed it by hand while the engine has nothing to do."""
     return engine._runner

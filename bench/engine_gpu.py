@@ -45,6 +45,7 @@ from bench.common import (
     default_device,
     device_info,
     empty_cache,
+    first_difference,
     print_table,
     random_model,
     rss_bytes,
@@ -116,13 +117,6 @@ def plain_logits(model: Any, ids: Sequence[int], last: int = 1) -> Tensor:
     """Logits [last, V] of the last positions, by the model's own forward with torch's attention."""
     model.set_attn_implementation("sdpa")
     return model(torch.tensor([ids], device=model.device), logits_to_keep=last, use_cache=False).logits[0].float()
-
-
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """Index of the first token that differs; None where they are equal."""
-    if tuple(a) == tuple(b):
-        return None
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def compare(

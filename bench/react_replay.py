@@ -53,6 +53,7 @@ from bench.common import (
     default_device,
     device_info,
     empty_cache,
+    first_difference,
     measured_rates,
     model_config,
     print_table,
@@ -599,7 +600,7 @@ def measure(name: str, args: argparse.Namespace, rates: dict[str, float]) -> Run
     if args.replay:
         tokenizer = loader.load_tokenizer(loader.resolve(args.tokenizer).folder)
         make = partial(read_traces, args.replay, args.fewshot, tokenizer, vocabulary=vocabulary)
-        args.prefix = min(map(len, (trace.prompt for trace in make(2, args.seed)))) - QUESTION_TOKENS
+        args.prefix = first_difference(*(trace.prompt for trace in make(2, args.seed)))
     repeats = [make(trajectories, args.seed + repeat) for repeat in range(args.repeats)]
     # `generate` compiles and captures nothing, and 32 trajectories take it a minute.
     warm = make(min(2 if name == "hf_generate" else 32, trajectories), 9)

@@ -27,8 +27,17 @@ from actors.engine.gang import Gang
 from actors.engine.protocol import Request, RowStep
 from actors.engine.shard import split
 from actors.messages import Sampling
-from bench.common import default_device, device_info, print_table, random_model, runner_of, synchronize, write_json
-from bench.engine_gpu import first_difference, make_prompts
+from bench.common import (
+    default_device,
+    device_info,
+    first_difference,
+    print_table,
+    random_model,
+    runner_of,
+    synchronize,
+    write_json,
+)
+from bench.engine_gpu import make_prompts
 
 ANSWER_TOKENS = 32
 DECODE_STEPS = 64

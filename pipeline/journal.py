@@ -16,7 +16,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import pyarrow as pa
@@ -37,7 +37,7 @@ AWAY_S = 600.0
 RECORD_FILE = re.compile(r"\d{20}-[0-9a-f]{8}(-merged)?\.jsonl(\.\d+\.tmp)?")
 """Names of the objects, and of what a write that was cut off leaves."""
 
-DEVICE = ("allocated_bytes", "reserved_bytes", "used_bytes")
+DEVICE = tuple(f"{field.name}_bytes" for field in fields(DeviceBytes))
 
 RECORDS = pa.schema(
     [(name, pa.string()) for name in ("kind", "row_id", "pool", "rung", "replica", "status", "cause")]
@@ -388,7 +388,7 @@ class Journal:
 
 
 def _device(found: DeviceBytes | None) -> dict[str, int]:
-    return {f"{name}_bytes": size for name, size in asdict(found).items()} if found else {}
+    return dict(zip(DEVICE, astuple(found), strict=True)) if found else {}
 
 
 def write_whole(filesystem: fs.FileSystem, path: str, content: bytes) -> None:

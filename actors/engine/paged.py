@@ -52,6 +52,9 @@ class _Flight:
 class PagedEngine:
     """Implements `protocol.Engine` on a runner, in its own thread.
 
+    Where the runner launches steps, a decode step is under way before the tokens of the one before it are read (see
+    `Scheduler.ahead`).
+
     When a step runs out of memory nothing of it was committed, so it is planned again under smaller bounds: first
     caches are dropped, then `max_prefill_tokens` is halved (a prefill step, down to `min_prefill_tokens`), then the
     batch. A row that fails alone waits while somebody else holds the memory; then it gets the graphs dropped, the pool
