@@ -226,9 +226,9 @@ class Logits:
         self.last_BV = torch.empty(0)
         runner._draw = self
 
-    def __call__(self, logits_BV: Tensor, ids_B: Tensor | None, rows: Any, place_R: Sequence[int]) -> Any:
+    def __call__(self, logits_BV: Tensor, ids_B: Tensor | None, rows: Any, place_R: Sequence[int | None]) -> Any:
         """Stands in for the runner's own."""
-        self.last_BV = logits_BV[list(place_R)].float()
+        self.last_BV = logits_BV[[at for at in place_R if at is not None]].float()
         return self._draw(logits_BV, ids_B, rows, place_R)
 
 

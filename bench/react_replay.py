@@ -221,7 +221,7 @@ class Clock:
     prefill.
 
     A step's time is from its start, or from the end of the one before where it was launched behind that, until its
-    tokens are on the host; a prefill step in which no prompt ends does not wait, and its time falls to the next step.
+    tokens are on the host.
     """
 
     def __init__(self, runner: Any):
@@ -241,8 +241,8 @@ class Clock:
 
     def step(self, rows: Sequence[Any]) -> Any:
         """A timed step."""
-        kind = "prefill" if any(len(row.token_ids) > 1 for row in rows) else "decode"
-        if self.to_profile.get(kind, 0) and len(self.step_s[kind]) >= 10:
+        kind = self._kind(rows)
+        if self._to_profile(kind):
             self.to_profile[kind] -= 1
             return self._profiled(kind, rows)
         begin = time.perf_counter()
@@ -250,13 +250,21 @@ class Clock:
         self.ended(kind, begin)
         return drawn
 
-    def launch(self, rows: Sequence[Any], after: Any = None, sources: Sequence[int] = ()) -> Any:
-        """A timed launch; none while decode steps are to be profiled."""
-        if self.to_profile.get("decode", 0) and len(self.step_s["decode"]) >= 10:
+    def launch(self, rows: Sequence[Any], after: Any = None, sources: Sequence[int | None] = ()) -> Any:
+        """A timed launch; none where such a step is to be profiled."""
+        kind = self._kind(rows)
+        if self._to_profile(kind):
             return None
         begin = time.perf_counter()
         drawn = self._launch(rows, after and after.drawn, sources)
-        return drawn and TimedDrawn(drawn, self, begin)
+        return drawn and TimedDrawn(drawn, self, kind, begin)
+
+    @staticmethod
+    def _kind(rows: Sequence[Any]) -> str:
+        return "prefill" if any(len(row.token_ids) > 1 for row in rows) else "decode"
+
+    def _to_profile(self, kind: str) -> bool:
+        return self.to_profile.get(kind, 0) > 0 and len(self.step_s[kind]) >= 10
 
     def ended(self, kind: str, begin: float) -> None:
         """A step that was begun then has just ended."""
@@ -270,11 +278,14 @@ class Clock:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             drawn = self._step(rows)
             torch.cuda.synchronize()
+        events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         spent: Counter[str] = Counter()
-        for event in profile.key_averages():
-            if event.device_type == torch.autograd.DeviceType.CUDA:
-                spent[kernel_class(event.key)] += event.self_device_time_total / 1e3
-                spent["# " + kernel_class(event.key)] += event.count
+        for event in events:
+            spent[kernel_class(event.name)] += event.time_range.elapsed_us() / 1e3
+            spent["# " + kernel_class(event.name)] += 1
+        begin, end = min(e.time_range.start for e in events), max(e.time_range.end for e in events)
+        spent["# span"] += (end - begin) / 1e3
+        spent["# tokens"] += sum(len(row.token_ids) for row in rows)
         self.profiled.setdefault(kind, []).append(spent)
         return drawn
 
@@ -285,12 +296,13 @@ class TimedDrawn:
 
     drawn: Any
     clock: Clock
+    kind: str
     begin: float
 
     def result(self) -> Any:
         """See `protocol.Drawn`."""
         result = self.drawn.result()
-        self.clock.ended("decode", self.begin)
+        self.clock.ended(self.kind, self.begin)
         return result
 
 
@@ -334,7 +346,7 @@ class Berth:
         gc.freeze()  # as a replica does
         runner = runner_of(self.engine)
         if "ahead" in args.without:
-            self.engine.scheduler.ahead = lambda work: []
+            self.engine.scheduler.plan_behind = lambda under_way: []
         self.clock = Clock(runner)
         self.settings = {
             "kernel": self.engine.numerics.kernel,
@@ -397,8 +409,12 @@ class Berth:
                 }
                 for name, ms in sorted(times.items(), key=lambda item: -item[1])
             ]
-            busy, median = sum(times.values()) / len(steps), statistics.median(self.clock.step_s[kind]) * 1e3
-            print_table(f"{kind}: kernels {busy:.2f} ms a step; a step without the profiler {median:.2f} ms", rows)
+            busy, span, tokens = (
+                sum(times.values()) / len(steps),
+                total["# span"] / len(steps),
+                total["# tokens"] / len(steps),
+            )
+            print_table(f"{kind}, {tokens:.0f} tokens: kernels {busy:.2f} ms in {span:.2f} ms a step", rows)
 
     def close(self) -> None:
         """Free the device."""
@@ -626,7 +642,7 @@ def measure(name: str, args: argparse.Namespace, rates: dict[str, float]) -> Run
             run.rows.append(row)
             print(f"{name}: repeat {repeat}: {wall_s:.2f} s, {row['generated_tok_s']:,.0f} tok/s", flush=True)
         if args.profile and name == "berth" and args.device.startswith("cuda"):
-            engine.profile(make(min(128, trajectories), args.seed + args.repeats))
+            engine.profile(make(trajectories, args.seed + args.repeats))
     finally:
         engine.close()
         del engine

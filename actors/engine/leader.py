@@ -72,7 +72,7 @@ class Leader:
         with self._told(Command.STEP, pack(rows, self._runner.kv.page_tokens)):
             return self._runner.step(rows)
 
-    def launch(self, rows: Sequence[RowStep], after: Any = None, sources: Sequence[int] = ()) -> None:
+    def launch(self, rows: Sequence[RowStep], after: Any = None, sources: Sequence[int | None] = ()) -> None:
         """Ranks agree on each step before the next one."""
 
     def copy_pages(self, copies: Sequence[tuple[int, int, int]]) -> None:

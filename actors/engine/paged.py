@@ -52,8 +52,8 @@ class _Flight:
 class PagedEngine:
     """Implements `protocol.Engine` on a runner, in its own thread.
 
-    Where the runner launches steps, a decode step is under way before the tokens of the one before it are read (see
-    `Scheduler.ahead`).
+    Where the runner launches steps, the next one is under way before the tokens of the one before it are read (see
+    `Scheduler.plan_behind`).
 
     When a step runs out of memory nothing of it was committed, so it is planned again under smaller bounds: first
     caches are dropped, then `max_prefill_tokens` is halved (a prefill step, down to `min_prefill_tokens`), then the
@@ -133,7 +133,7 @@ class PagedEngine:
         self._oom_errors, self._drop_caches, self._on_dead, self._clock = oom_errors, drop_caches, on_dead, clock
         self._on_close = on_close
         self._squeezed, self._patience_s, self._waited_s = squeezed, patience_s, 0.0
-        self._events = dict.fromkeys(_EVENTS.split(), 0)
+        self._events: dict[str, int] = dict.fromkeys(_EVENTS.split(), 0)
         self._evictions_before = 0  # in pools that were replaced
         self._good_steps = 0
         self._failing = False  # the last step failed
@@ -285,21 +285,16 @@ class PagedEngine:
 
     def _begin(self, work: list[Work]) -> _Flight | None:
         """Start a step, and wait for it unless it can be launched; None where there is none or it failed."""
-        scheduler, runner = self.scheduler, self._runner
+        runner = self._runner
         if not work:
             return None
         assert runner is not None  # `close` lets go of it when the thread has ended
         started_s = self._clock()
-        for part in work:
-            if part.row.admitted_s is None:
-                part.row.admitted_s = started_s
+        self._admitted(work, started_s)
         failure: Exception | None = None
         try:
-            while scheduler.copies:
-                copies = scheduler.next_copies()
-                runner.copy_pages(copies)
-                del scheduler.copies[: len(copies)]
-            rows = [step for part in work for step in self._row_steps(part)]
+            self._copy_pages(runner)
+            rows = self._row_steps(work)
             drawn = runner.launch(rows) or _Done(runner.step(rows))
         except Exception as e:
             # The traceback's frames hold the step's tensors: without it, and outside `except`, they are freed.
@@ -316,29 +311,42 @@ class PagedEngine:
         if self._hold:
             self._hold -= 1
             return None
-        assert self._runner is not None
-        work = self.scheduler.ahead(flight.work)
+        runner, work = self._runner, self.scheduler.plan_behind(flight.work)
+        assert runner is not None
         if not work:
             return None
+        now_s = self._clock()
+        self._admitted(work, now_s)
         at = {part.row: index for index, part in enumerate(flight.work)}
-        table = self.scheduler.pages.table
-        rows = [
-            RowStep((0,), row.done + 1, table(row.sequence_id), True, row.request.sampling, row.request.logprobs)
-            for row in (part.row for part in work)
-        ]
+        # The last token of a row is what the step under way draws, unless it stands there already.
+        sources = [at[part.row] if part.start == len(part.row.tokens) else None for part in work]
         failure: Exception | None = None
         try:
-            drawn = self._runner.launch(rows, flight.drawn, [at[part.row] for part in work])
+            self._copy_pages(runner)
+            drawn = runner.launch(self._row_steps(work), flight.drawn, sources)
         except Exception as e:  # it is planned again when the one before has ended
             failure, drawn = e.with_traceback(None), None
         if failure is not None:
             log.warning("a step could not be launched ahead: %s: %s", type(failure).__name__, failure)
             self._hold = self._grow_after
             oom = self._is_oom(failure)
-            self._events["oom_decode" if oom else "errors"] += 1
+            self._events[_event(work, oom)] += 1
             if oom:
                 self._drop_caches()
-        return None if drawn is None else _Flight(work, drawn, self._clock())
+        return None if drawn is None else _Flight(work, drawn, now_s)
+
+    def _admitted(self, work: list[Work], now_s: float) -> None:
+        for part in work:
+            if part.row.admitted_s is None:
+                part.row.admitted_s = now_s
+
+    def _copy_pages(self, runner: Runner) -> None:
+        """What admitted rows start with."""
+        scheduler = self.scheduler
+        while scheduler.copies:
+            copies = scheduler.next_copies()
+            runner.copy_pages(copies)
+            del scheduler.copies[: len(copies)]
 
     def _finish(self, flight: _Flight) -> bool:
         """Wait for a step, deliver what it drew; False where it failed, and with it what was launched behind it."""
@@ -356,10 +364,9 @@ class PagedEngine:
         now_s = self._clock()
         started_s, self._finished_s = max(flight.started_s, self._finished_s), now_s
         token_s = (now_s - started_s) / max(1, sum(part.tokens for part in live))
-        samples = [part.sample for part in flight.work]
         results = iter(drawn)
         self.scheduler.commit(live)
-        for part, sample in zip(flight.work, samples, strict=True):
+        for part in flight.work:
             row, result = part.row, next(results)
             further = list(islice(results, len(part.drafts)))
             if row not in running:
@@ -368,21 +375,25 @@ class PagedEngine:
             row.batch_max = max(row.batch_max, len(flight.work))
             if part.tokens > 1 or not row.peak_pages or (row.done - 1) % self._page_tokens == 0:  # has new pages
                 row.peak_pages = max(row.peak_pages, self.scheduler.pages.share(row.sequence_id))
-            if sample and result is not None and self._deliver(row, *result, now_s) and further:
+            if result is not None and self._deliver(row, *result, now_s) and further:
                 self._keep(part, further, now_s)
         self._failing = False
         self._waited_s = 0.0
         self._grow()
         return True
 
-    def _row_steps(self, part: Work) -> list[RowStep]:
-        row, request, end = part.row, part.row.request, part.row.done + part.count
-        table = self.scheduler.pages.table(row.sequence_id)
-        first = RowStep(row.tokens[row.done : end], row.done, table, part.sample, request.sampling, request.logprobs)
-        return [first] + [
-            RowStep([token], at, table, True, request.sampling, request.logprobs)
-            for at, token in enumerate(part.drafts, end)
-        ]
+    def _row_steps(self, work: list[Work]) -> list[RowStep]:
+        rows: list[RowStep] = []
+        for part in work:
+            row, request, end = part.row, part.row.request, part.start + part.count
+            table = self.scheduler.pages.table(row.sequence_id)
+            ids = row.tokens[part.start : end] or [0]  # not known yet
+            rows.append(RowStep(ids, part.start, table, part.sample, request.sampling, request.logprobs))
+            rows += [
+                RowStep([token], at, table, True, request.sampling, request.logprobs)
+                for at, token in enumerate(part.drafts, end)
+            ]
+        return rows
 
     def _keep(self, part: Work, further: Iterable[tuple[int, float] | None], now_s: float) -> None:
         """Guesses that are what was drawn have their KV already; what was drawn behind each of them counts as well."""
@@ -391,7 +402,7 @@ class PagedEngine:
             if not goes_on or guess != row.tokens[-1] or result is None:
                 break
             kept += 1
-            self.scheduler.commit([Work(row, 1)])
+            self.scheduler.commit([Work(row, row.done, 1, True)])
             goes_on = self._deliver(row, *result, now_s)
         self._events["drafted"] += len(part.drafts)
         self._events["kept"] += kept
@@ -466,9 +477,9 @@ class PagedEngine:
             return
         assert runner is not None
         row, rows, tokens = work[0].row, len(work), sum(part.tokens for part in work)
-        prefill = row.left > 1
+        prefill = any(part.prefill for part in work)
         self._good_steps = 0
-        self._events[("oom_prefill" if prefill else "oom_decode") if oom else "errors"] += 1
+        self._events[_event(work, oom)] += 1
         said = f"{type(error).__name__}: {str(error).partition('. ')[0]}"
         log.warning("a step of %d rows and %d tokens failed: %s", rows, tokens, said)
         if oom:
@@ -534,6 +545,12 @@ class PagedEngine:
     def _is_oom(self, error: BaseException) -> bool:
         text = str(error)
         return isinstance(error, self._oom_errors) or "out of memory" in text or "ALLOC_FAILED" in text
+
+
+def _event(work: list[Work], oom: bool) -> str:
+    if not oom:
+        return "errors"
+    return "oom_prefill" if any(part.prefill for part in work) else "oom_decode"
 
 
 def _is_fatal(error: Exception) -> bool:

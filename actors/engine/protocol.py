@@ -249,10 +249,10 @@ class Runner(Protocol):
         """Write the rows' KV; (token id, log-probability) where `sample` is set. Can be repeated."""
         ...
 
-    def launch(self, rows: Sequence[RowStep], after: Any = None, sources: Sequence[int] = (), /) -> Drawn | None:
-        """Start a decode step and do not wait; None, with nothing done, where that cannot be.
+    def launch(self, rows: Sequence[RowStep], after: Any = None, sources: Sequence[int | None] = (), /) -> Drawn | None:
+        """Start a step and do not wait; None, with nothing done, where that cannot be.
 
-        After what `launch` gave before, each row goes on with the token that the row at its source draws there."""
+        After what `launch` gave before, a row with a source goes on with the token that the row there draws."""
         ...
 
     def copy_pages(self, copies: Sequence[tuple[int, int, int]], /) -> None:

@@ -5,8 +5,8 @@ decode step, which a CUDA graph replays once `capture` has run; anything else (p
 or not) is one varlen step. Nothing of a step is remembered here: after an out-of-memory error the same step can be run
 again into the same slots.
 
-A replayed step need not be waited for (`launch`), and the next can be launched on the tokens that it draws before the
-host has seen them. In it, pages that several rows begin with are read once for all of them.
+On CUDA a step need not be waited for (`launch`), and the next can be launched on the tokens that it draws before the
+host has seen them. In a replayed step, pages that several rows begin with are read once for all of them.
 
 Knows nothing of scheduling, of who owns a page, of stop tokens or text.
 
@@ -107,11 +107,11 @@ class Drawn:
 
     Attributes:
         ids_B: int64, on the device, in the order of the batch.
-        place_R: each row's index there.
+        place_R: each row's index there; None where nothing was drawn.
     """
 
     ids_B: Tensor
-    place_R: Sequence[int]
+    place_R: Sequence[int | None]
     _ids_B: Tensor
     _logprobs_B: Tensor | None
     _wants_R: Sequence[bool]
@@ -128,7 +128,7 @@ class Drawn:
         ids = self._ids_B.tolist()
         logprobs = None if self._logprobs_B is None else self._logprobs_B.tolist()
         return [
-            (ids[at], logprobs[at] if logprobs and wanted else _NO_LOGPROB)
+            None if at is None else (ids[at], logprobs[at] if logprobs and wanted else _NO_LOGPROB)
             for at, wanted in zip(self.place_R, self._wants_R, strict=True)
         ]
 
@@ -180,6 +180,7 @@ class Runner:
         self.tile_tokens = _TILE_TOKENS.get(kv.device.type, 64)
         self._device = kv.device
         self._max_pages = -(-max_model_len // kv.page_tokens)
+        self.asynchronous = kv.device.type == "cuda" and not invariant
         self._use_graphs = graphs and kernel != "reference" and kv.device.type == "cuda"
         self._graphs: dict[int, _Graph] = {}
         self._graph_logits_BV: Tensor | None = None
@@ -226,31 +227,37 @@ class Runner:
                     f"a row of {len(row.token_ids)} tokens from {row.start} with {len(row.pages)} pages of "
                     f"{self.kv.page_tokens} tokens"
                 )
-        size = self._graph_size(rows)
-        if size is not None:
-            return self._replay(rows, size, None, ()).result()
-        drawn = [row for row in rows if row.sample]
-        hidden_BE = self._hidden(rows, _decodes(rows))
-        if not drawn or hidden_BE is None:
-            return [None] * len(rows)
-        results = iter(self._draw(self._logits(hidden_BE), None, drawn, range(len(drawn))).result())
-        return [next(results) if row.sample else None for row in rows]
+        return self._start(rows, None, ()).result()
 
     @torch.no_grad()
-    def launch(self, rows: Sequence[RowStep], after: Drawn | None = None, sources: Sequence[int] = ()) -> Drawn | None:
-        """Start a decode step that a CUDA graph replays, and do not wait for it.
+    def launch(
+        self, rows: Sequence[RowStep], after: Drawn | None = None, sources: Sequence[int | None] = ()
+    ) -> Drawn | None:
+        """Start a step and do not wait for it.
 
         Args:
             rows: as in `step`.
-            after: a launched step on whose tokens this one goes on, before anybody has seen them; what stands in the
-                rows' `token_ids` is then ignored.
-            sources: for each row its index among the rows of `after`.
+            after: a launched step on whose tokens this one goes on, before anybody has seen them.
+            sources: for each row its index among the rows of `after`, whose token stands for its only one; None where
+                its own `token_ids` count.
 
         Returns:
-            None, and nothing was done, where no graph computes these rows.
+            None, and nothing was done, where steps are waited for: on a CPU, and where they are invariant.
         """
+        return self._start(rows, after, sources) if self.asynchronous else None
+
+    def _start(self, rows: Sequence[RowStep], after: Drawn | None, sources: Sequence[int | None]) -> Drawn:
         size = self._graph_size(rows)
-        return None if size is None else self._replay(rows, size, after, sources)
+        if size is not None:
+            return self._replay(rows, size, after, sources)
+        drawn = [row for row in rows if row.sample]
+        places = itertools.count()
+        place_R = [next(places) if row.sample else None for row in rows]
+        hidden_BE = self._hidden(rows, _decodes(rows), after, sources)
+        if hidden_BE is None:
+            none_B = torch.empty(0, dtype=torch.int64)
+            return Drawn(none_B, [None] * len(rows), none_B, None, [False] * len(rows), self._event())
+        return self._draw(self._logits(hidden_BE), None, drawn, place_R)
 
     @torch.no_grad()
     def compile(self, backend: str = "inductor") -> bool:
@@ -357,12 +364,16 @@ class Runner:
     def _graph_size(self, rows: Sequence[RowStep]) -> int | None:
         return next((size for size in self.captured if size >= len(rows)), None) if _decodes(rows) else None
 
-    def _hidden(self, rows: Sequence[RowStep], decode: bool) -> Tensor | None:
+    def _hidden(
+        self, rows: Sequence[RowStep], decode: bool, after: Drawn | None, sources: Sequence[int | None]
+    ) -> Tensor | None:
         """Last hidden states [B, E] of the rows that draw, in order; None where none does."""
         spans = _spans(rows)
         decode = decode and len(spans) == len(rows)
         if not self.invariant:
-            return self._forward(spans, decode, self._padded(sum(len(span.token_ids) for span in spans)))
+            ends = itertools.accumulate(len(row.token_ids) for row in rows)
+            moved = after and self._moved([end - 1 for end in ends], after, sources)
+            return self._forward(spans, decode, self._padded(sum(len(span.token_ids) for span in spans)), moved)
         parts = [self._forward(tile, False, self.tile_tokens) for tile in _tiles(spans, self.tile_tokens)]
         kept = [part for part in parts if part is not None]
         return torch.cat(kept) if kept else None
@@ -373,8 +384,14 @@ class Runner:
         multiple = 4 * torch.get_num_threads()
         return -(-rows // multiple) * multiple
 
-    def _forward(self, spans: Sequence[_Span], decode: bool, tokens: int) -> Tensor | None:
-        """One forward of exactly `tokens` tokens, padded on the scratch page; hidden states [B, E] or None."""
+    def _forward(
+        self, spans: Sequence[_Span], decode: bool, tokens: int, moved: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor | None:
+        """One forward of exactly `tokens` tokens, padded on the scratch page; hidden states [B, E] or None.
+
+        Args:
+            moved: indices of tokens, and the ids that take the place of theirs.
+        """
         real = list(spans)
         padding = tokens - sum(len(span.token_ids) for span in real)
         if padding:
@@ -390,14 +407,32 @@ class Runner:
         host = _Packed.over(flat.numpy(), tokens, len(spans), width)
         _fill(host, spans, self.kv.page_tokens)
         packed = _Packed.over(flat.to(self._device, non_blocking=True), tokens, len(spans), width)
+        if moved is not None:
+            packed.ids_T[moved[0]] = moved[1]
         at = cast(list[int], host.cu_q_R1.tolist())
         plan = self._plan(packed, max(len(span.token_ids) for span in spans), int(host.lens_R.max()), decode)
         plan.rows = [Row(at[r], span.start, len(span.token_ids), span.pages) for r, span in enumerate(real)]
         last = [t for r, span in enumerate(real) for t in range(at[r + 1] - span.draws, at[r + 1])]
-        last_B = torch.tensor(last, dtype=torch.int64).to(self._device)
+        last_B = self._indices(last)
         with attending(plan):
             hidden_TE = self._body_forward(packed)
         return hidden_TE[last_B] if last else None
+
+    def _indices(self, values: Sequence[int]) -> Tensor:
+        """An int64 tensor on the device, on its way there."""
+        host = torch.tensor(values, dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        return host.to(self._device, non_blocking=True)
+
+    def _moved(
+        self, place_R: Sequence[int], after: Drawn, sources: Sequence[int | None]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Places of the rows that have a source, and the tokens that their sources draw."""
+        places = [place for place, r in zip(place_R, sources, strict=True) if r is not None]
+        if not places:
+            return None
+        drawn = [cast(int, after.place_R[r]) for r in sources if r is not None]
+        to_B, from_B = self._indices([*places, *drawn]).reshape(2, -1)
+        return to_B, after.ids_B[from_B].int()
 
     def _plan(self, packed: _Packed, max_q: int, max_k: int, decode: bool) -> Plan:
         return Plan(
@@ -436,22 +471,31 @@ class Runner:
             logits_BV = torch.tanh(logits_BV / self._final_softcap) * self._final_softcap
         return logits_BV
 
-    def _draw(self, logits_BV: Tensor, ids_B: Tensor | None, rows: Sequence[RowStep], place_R: Sequence[int]) -> Drawn:
+    def _draw(
+        self,
+        logits_BV: Tensor,
+        ids_B: Tensor | None,
+        rows: Sequence[RowStep],
+        place_R: Sequence[int | None],
+    ) -> Drawn:
         """Next tokens of `rows`, which stand in the order of the batch; `ids_B` are the most likely ones where they are
         known already."""
         logprobs = any(row.logprobs for row in rows)
-        samplings = [row.sampling for row in rows]
-        if ids_B is None or logprobs or any(sampling.temperature > 0 for sampling in samplings):
+        if ids_B is None or logprobs or any(row.sampling.temperature > 0 for row in rows):
             ids_B, logprobs_B = choose(logits_BV, *self._sampling_tensors(rows, logits_BV.shape[1]), logprobs=logprobs)
         else:
             logprobs_B = None
-        ready = None
         host_B = ids_B.to("cpu", non_blocking=True)
         host_logprobs_B = None if logprobs_B is None else logprobs_B.to("cpu", non_blocking=True)
-        if self._device.type == "cuda":
-            ready = torch.cuda.Event()
-            ready.record()
-        return Drawn(ids_B, place_R, host_B, host_logprobs_B, [rows[at].logprobs for at in place_R], ready)
+        wants_R = [at is not None and rows[at].logprobs for at in place_R]
+        return Drawn(ids_B, place_R, host_B, host_logprobs_B, wants_R, self._event())
+
+    def _event(self) -> torch.cuda.Event | None:
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
 
     def _sampling_tensors(
         self, rows: Sequence[RowStep], vocabulary: int
@@ -474,7 +518,7 @@ class Runner:
             top_k_B = tensor([sampling.top_k or vocabulary for sampling in samplings], torch.int64)
         return seeds_B, positions_B, temperature_B, top_p_B, top_k_B
 
-    def _replay(self, rows: Sequence[RowStep], size: int, after: Drawn | None, sources: Sequence[int]) -> Drawn:
+    def _replay(self, rows: Sequence[RowStep], size: int, after: Drawn | None, sources: Sequence[int | None]) -> Drawn:
         graph = self._graphs[size]
         order, runs = _runs(rows, self.kv.page_tokens) if graph.sharing else (range(len(rows)), [])
         ordered = [rows[r] for r in order]
@@ -485,9 +529,9 @@ class Runner:
         host = _Packed.over(flat.numpy(), size, size, self._max_pages)
         _fill(host, spans, self.kv.page_tokens, runs)
         graph.device.copy_(flat, non_blocking=True)
-        if after is not None:
-            drawn_at = torch.tensor([after.place_R[sources[r]] for r in order], pin_memory=True)
-            graph.device[: len(rows)] = after.ids_B[drawn_at.to(self._device, non_blocking=True)]
+        moved = after and self._moved(range(len(rows)), after, [sources[r] for r in order])
+        if moved is not None:
+            graph.device[moved[0]] = moved[1]
         graph.graph.replay()
         if self._graph_logits_BV is None or self._graph_ids_B is None:
             raise RuntimeError("a graph outlived its outputs")

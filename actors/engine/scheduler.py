@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import insort_left, insort_right
 from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 from actors.engine.drafts import Lookup
@@ -79,10 +79,20 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One row's part of a step: its next `count` tokens, and guesses of those behind them (see `drafts`)."""
+    """One row's part of a step.
+
+    Attributes:
+        start: position of the first token to compute.
+        count: tokens of the context to compute; where the step is planned behind another, the one that this draws is
+            not known yet.
+        sample: the row's context is complete after them: a token is drawn.
+        drafts: guesses of those behind them (see `drafts`).
+    """
 
     row: Row
+    start: int
     count: int
+    sample: bool
     drafts: tuple[int, ...] = ()
 
     @property
@@ -91,9 +101,9 @@ class Work:
         return self.count + len(self.drafts)
 
     @property
-    def sample(self) -> bool:
-        """The row's context is complete after this."""
-        return self.count == self.row.left
+    def prefill(self) -> bool:
+        """More than the last token of the row's context is missing before it."""
+        return self.count > 1 or not self.sample
 
 
 class Scheduler:
@@ -178,50 +188,62 @@ class Scheduler:
                 self._preempt(self.running[-1])
         if preemptions == self.preemptions:
             self._admit()
-        prefill = [row for row in self.running if row.left > 1]
-        decode = [row for row in self.running if row.left == 1]
-        if decode and (self._prefilled_last or not prefill):
-            return self._decode(decode)
-        work: list[Work] = []
-        budget = self.max_prefill_tokens
-        for row in prefill:
-            if budget:
-                work.append(Work(row, min(row.left, budget)))
-                budget -= work[-1].count
-        return work
+        return self._next([Work(row, row.done, row.left, True) for row in self.running], self._prefilled_last)
 
-    def ahead(self, work: Sequence[Work]) -> list[Work]:
-        """The decode step behind the decode step `work`, planned before anybody knows what that draws.
+    def plan_behind(self, under_way: Sequence[Work]) -> list[Work]:
+        """The step behind one under way, planned before anybody knows what that draws.
 
-        Rows that `work` completes whatever they draw are left out. Those that it turns out to have ended are computed
-        in vain.
+        Rows that it completes whatever they draw are left out. Those that it turns out to have ended are computed in
+        vain.
 
         Returns:
-            nothing where another step may have to go before it.
+            nothing where it is to be waited for: a row would have to be preempted, or tokens are guessed.
         """
-        running = set(self.running)
-        live = [part for part in work if part.row in running]
-        room = len(running) < self.max_batch and not self._refused
-        if len(live) < len(running) or len(running) > self.max_batch or self.max_decode_tokens:
+        if self.max_decode_tokens or len(self.running) > self.max_batch:
             return []
-        if any(part.count > 1 or not part.sample for part in live) or (self.waiting and room):
-            return []
-        going = [
-            Work(part.row, 1)
-            for part in live
-            if part.row.generated + 1 < part.row.request.max_tokens and len(part.row.tokens) + 1 < self.max_model_len
-        ]
-        return going if all(self.pages.extend(part.row.sequence_id, 2) for part in going) else []
+        before = {part.row: part for part in under_way}
+        todo: list[Work] = []
+        for row in self.running:
+            part = before.get(row)
+            if part is None:
+                todo.append(Work(row, row.done, row.left, True))
+            elif not part.sample:
+                todo.append(Work(row, row.done + part.count, row.left - part.count, True))
+            elif row.generated + 1 < row.request.max_tokens and len(row.tokens) + 1 < self.max_model_len:
+                todo.append(Work(row, len(row.tokens), 1, True))
+        for part in todo:
+            if not part.prefill and not self.pages.extend(part.row.sequence_id, part.start + 1 - part.row.done):
+                return []
+        if not self._refused:
+            todo += [Work(row, row.done, row.left, True) for row in self._admit()]
+            todo.sort(key=lambda part: part.row.age)
+        return self._next(todo, any(part.prefill for part in under_way))
 
-    def _decode(self, rows: list[Row]) -> list[Work]:
-        """One token of each row, and guesses as far as the step has room for them."""
-        room = self.max_decode_tokens - len(rows)
-        if room <= 0:
-            return [Work(row, 1) for row in rows]
+    def _next(self, todo: Sequence[Work], prefilled_last: bool) -> list[Work]:
+        """Of what rows lack before their next token, oldest first: the decode step, or the prefill step."""
+        prefill = [part for part in todo if part.prefill]
+        decode = [part for part in todo if not part.prefill]
+        if decode and (prefilled_last or not prefill):
+            return self._guess(decode)
         work: list[Work] = []
-        for i, row in enumerate(rows):
+        budget = self.max_prefill_tokens
+        for part in prefill:
+            if budget:
+                count = min(part.count, budget)
+                work.append(replace(part, count=count, sample=count == part.count))
+                budget -= count
+        return work
+
+    def _guess(self, decode: list[Work]) -> list[Work]:
+        """A decode step with guesses as far as it has room for them."""
+        room = self.max_decode_tokens - len(decode)
+        if room <= 0:
+            return decode
+        work: list[Work] = []
+        for i, part in enumerate(decode):
+            row = part.row
             most = min(
-                room // (len(rows) - i),
+                room // (len(decode) - i),
                 row.request.max_tokens - row.generated - 1,
                 self.max_model_len - len(row.tokens) - 1,
             )
@@ -229,7 +251,7 @@ class Scheduler:
             if drafts and not self.pages.extend(row.sequence_id, 1 + len(drafts)):
                 drafts = []
             room -= len(drafts)
-            work.append(Work(row, 1, tuple(drafts)))
+            work.append(replace(part, drafts=tuple(drafts)))
         return work
 
     def next_copies(self) -> list[tuple[int, int, int]]:
@@ -244,8 +266,8 @@ class Scheduler:
     def commit(self, work: Iterable[Work]) -> None:
         """The step's KV is written. Call it before drawn tokens are appended to the rows."""
         for part in work:
-            row, end = part.row, part.row.done + part.count
-            self._prefilled_last = row.left > 1
+            row, end = part.row, part.start + part.count
+            self._prefilled_last = part.prefill
             self.pages.commit(row.sequence_id, row.tokens[row.done : end])
             # Prompt tokens, and generated ones that are computed again.
             row.prefilled += max(0, min(end, max(len(row.request.token_ids), row.computed)) - row.done)
@@ -266,13 +288,13 @@ class Scheduler:
         row.preemptions += 1
         insort_left(self.waiting, row, key=lambda row: row.age)
 
-    def _admit(self) -> None:
-        """Let waiting rows in, oldest first; none overtakes one that is short of pages.
+    def _admit(self) -> list[Row]:
+        """Let waiting rows in, oldest first; none overtakes one that is short of pages. Returns them.
 
         A row whose next page is just being computed by another is passed over for now, so that a burst of rows with
         one few-shot prompt computes it once. Looking no further than the free slots bounds the host time.
         """
-        active = {row.sequence_id for row in self.running}
+        active, admitted = {row.sequence_id for row in self.running}, list[Row]()
         for row in self.waiting[: max(0, self.max_batch - len(self.running))]:
             if row.sequence_id in active or self.pages.promised(row.tokens, self.policy):
                 continue
@@ -281,10 +303,12 @@ class Scheduler:
             admission = self.pages.admit(row.sequence_id, row.tokens, self.policy, leave=leave)
             if admission is None:
                 self._refused = True
-                return
+                break
             self.waiting.remove(row)
             insort_right(self.running, row, key=lambda row: row.age)
             active.add(row.sequence_id)
+            admitted.append(row)
             row.done = admission.reused_tokens
             row.reused = row.done if row.reused is None else row.reused
             self.copies += admission.copies
+        return admitted

@@ -161,10 +161,10 @@ class ShardedRunner(Runner):
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _forward(self, spans: Sequence[Any], decode: bool, tokens: int) -> Tensor | None:
+    def _forward(self, spans: Sequence[Any], decode: bool, tokens: int, moved: Any = None) -> Tensor | None:
         self._due = self._sums
         try:
-            return super()._forward(spans, decode, tokens)
+            return super()._forward(spans, decode, tokens, moved)
         except Exception as e:
             self._failure = self._failure or e.with_traceback(None)
         self._take_part(tokens)

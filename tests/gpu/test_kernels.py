@@ -5,6 +5,7 @@ runs round the same linear layers, so what differs is attention and the order of
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ class Recorded(Runner):
     logits = None
 
     def _draw(self, logits_BV, ids_B, rows, place_R):
-        self.logits = logits_BV[list(place_R)].float()
+        self.logits = logits_BV[[at for at in place_R if at is not None]].float()
         return super()._draw(logits_BV, ids_B, rows, place_R)
 
 
@@ -270,7 +271,42 @@ def test_steps_launched_ahead_are_those_that_follow_one_another(sampling):
         rows = of(rows, [0] * len(rows), keep)
         launched.append(runner.launch(rows, launched[-1], keep))
     assert [drawn.result() for drawn in launched] == expected
-    assert runner.launch([replace(rows[0], sample=False)]) is None
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9, 0.95, 40, 7)], ids=["greedy", "sampled"])
+def test_prefill_and_decode_launched_in_turn_are_those_that_follow_one_another(sampling):
+    """A prompt is computed in two chunks between decode steps, and decoded with the others behind its last."""
+    kernels = half_kernels()
+    if not kernels:
+        pytest.skip("no half-precision kernel")
+    runner = runner_of(tiny("llama", torch.bfloat16), kernels[0], pages=24, max_batch=16, graphs=True)
+    runner.capture()
+    ids, pages = prompt(77, 300), [15, 16]
+
+    def of(rows, drawn):
+        return [replace(row, token_ids=[at[0]], start=row.start + 1) for row, at in zip(rows, drawn, strict=True)]
+
+    def results(go):
+        first = [replace(row, sampling=sampling, logprobs=True) for row in forked(runner)]
+        a = go(first)
+        b = go([RowStep(ids[:200], 0, pages, False, sampling)], a, [None])
+        second = of(first, a.result())
+        c = go(second, b, [None] * 10)
+        d = go([RowStep(ids[200:], 200, pages, True, sampling)], c, [None])
+        third = [*of(second, c.result()), RowStep([0], 300, pages, True, sampling)]
+        e = go(third, d, [None] * 10 + [0])
+        return [[drawn and drawn[0] for drawn in step.result()] for step in (a, b, c, d, e)]
+
+    def stepped(rows, after=None, sources=()):
+        sources = sources or [None] * len(rows)
+        rows = [
+            row if at is None else replace(row, token_ids=[after.result()[at][0]])
+            for row, at in zip(rows, sources, strict=True)
+        ]
+        drawn = runner.step(rows)
+        return SimpleNamespace(result=lambda: drawn)
+
+    assert results(runner.launch) == results(stepped)
 
 
 def test_graphs_are_dropped_by_resize_and_captured_again():

@@ -13,6 +13,7 @@ from actors.engine.assemble import over_model
 from actors.engine.protocol import Request
 from actors.engine.reference import ReferenceEngine
 from actors.messages import Sampling
+from bench.common import runner_of
 from tests.unit.test_runner import CONFIGS, PAGE, WINDOW, _one_thread, prompt, tiny  # noqa: F401
 
 TOKENS = 17  # more than a page: every row outgrows what it was admitted with
@@ -87,10 +88,13 @@ def test_greedy_tokens_are_those_of_the_reference_engine_whatever_happens(name, 
         preempted, events = together(engine, GREEDY), engine.events
     with paged(model, kernel, max_prefill_tokens=13) as engine:
         chunked = together(engine, GREEDY)
+    with paged(model, kernel, max_prefill_tokens=13, speculation="off") as engine:
+        runner_of(engine).asynchronous = True  # each step behind the last, as on a GPU
+        launched = together(engine, GREEDY)
     assert max(answer.usage.batch_max for answer in batch) == len(GREEDY)
     assert events["preemptions"] > 0
     assert sum(answer.usage.preemptions for answer in preempted) == events["preemptions"]
-    for answers in (single, batch, preempted, chunked):
+    for answers in (single, batch, preempted, chunked, launched):
         assert tokens(answers) == tokens(expected)
         for answer, wanted in zip(answers, expected, strict=True):
             assert answer.logprobs == pytest.approx(wanted.logprobs, abs=1e-3)

@@ -62,6 +62,7 @@ class Scripted:
 
     def __init__(self, num_pages, page_tokens, fail=lambda rows: None, launches=False):
         self.size, self.fail, self.launches, self.behind = page_tokens, fail, launches, 0
+        self.prefills_behind = 0
         self.graphs, self.resizes, self.steps = True, [], []
         self.gate = threading.Event()
         self.gate.set()
@@ -97,11 +98,15 @@ class Scripted:
 
     def launch(self, rows, after=None, sources=()):
         """Computes at once what a device would compute later, on tokens that the engine has not seen."""
-        if not self.launches or not all(row.sample and len(row.token_ids) == 1 for row in rows):
+        if not self.launches:
             return None
         if after is not None:
             self.behind += 1
-            rows = [replace(row, token_ids=[after.drawn[at][0]]) for row, at in zip(rows, sources, strict=True)]
+            self.prefills_behind += any(not row.sample or len(row.token_ids) > 1 for row in rows)
+            rows = [
+                row if at is None else replace(row, token_ids=[after.drawn[at][0]])
+                for row, at in zip(rows, sources, strict=True)
+            ]
         try:
             return Launched(self.step(rows))
         except RuntimeError as error:
@@ -635,6 +640,7 @@ def test_steps_launched_ahead_change_no_token(options):
     with engine(**options, launches=True) as (paged, runner):
         answers = all_right(paged, texts, 30)
         assert runner.behind > 20
+        assert runner.prefills_behind > 0
         seen = []
 
         def match(new_ids):
