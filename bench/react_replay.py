@@ -13,7 +13,8 @@ and seeded, weights too. Trajectories are independent closed loops: the next cal
 `limit_overlapped_s` lets the two run beside each other: the larger of all operations and all bytes.
 
     python -m bench.react_replay --shape 8b --engines berth,continuous_batching --out bench/results/react_8b.json
-    python -m bench.react_replay --shape 8b --replay traces.jsonl --fewshot prompt.txt --trajectories 400
+    python -m bench.react_replay --shape 8b --engines berth,vllm --trajectories 256,64
+    python -m bench.react_replay --shape 8b --replay traces.jsonl --fewshot prompt.txt --trajectories 0
     python -m bench.react_replay --shape tiny --device cpu --trajectories 3 --prefix 64 --generate 4
 
 With `--replay` the text is what was recorded: where its thoughts were written by a template, say so beside the figures.
@@ -34,7 +35,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -67,7 +68,7 @@ STEPS = (3, 4, 4, 5, 5, 5, 6, 7)
 QUESTION_TOKENS = 40
 FEATURES = ("graphs", "compile", "shared", "ahead")
 SHOWN = [
-    *("engine", "repeat", "wall_s", "generated_tok_s", "prefilled_tokens", "reused_tokens", "preemptions"),
+    *("cell", "engine", "repeat", "wall_s", "generated_tok_s", "prefilled_tokens", "reused_tokens", "preemptions"),
     *("prefill_s", "decode_s", "host_s", "prefill_steps", "decode_steps", "limit_s", "ratio_to_limit"),
 ]
 
@@ -175,7 +176,7 @@ class Adapter(Protocol):
 # --- what the device allows
 
 
-def limit(traces: Sequence[Trace], args: argparse.Namespace, rates: dict[str, float]) -> dict[str, float]:
+def limit(traces: Sequence[Trace], prefix: int, args: argparse.Namespace, rates: dict[str, float]) -> dict[str, float]:
     """Seconds that the measured rates allow for this work; see the module's docstring."""
     config: Any = model_config(args.shape)
     with torch.device("meta"):
@@ -189,20 +190,20 @@ def limit(traces: Sequence[Trace], args: argparse.Namespace, rates: dict[str, fl
     rows = min(args.max_batch, len(traces))
     calls = sum(trace.calls for trace in traces)
     steps = (args.generate - 1) * max(-(-calls // rows), max(trace.calls for trace in traces))
-    prefill_flop = 2 * body_params * args.prefix + attend_flop * args.prefix**2 / 2
+    prefill_flop = 2 * body_params * prefix + attend_flop * prefix**2 / 2
     decode_flop, own_kv = 0.0, 0
     for trace in traces:
         contexts = trace.contexts()
-        new = len(contexts[-1]) - args.prefix
+        new = len(contexts[-1]) - prefix
         prefill_flop += 2 * body_params * new + 2 * head_params * trace.calls
-        prefill_flop += attend_flop * (len(contexts[-1]) ** 2 - args.prefix**2) / 2
+        prefill_flop += attend_flop * (len(contexts[-1]) ** 2 - prefix**2) / 2
         for context in contexts:
             # Its tokens 2 to G: each attends to all before it.
             seen = (args.generate - 1) * len(context) + args.generate * (args.generate - 1) // 2
-            own_kv += seen - (args.generate - 1) * args.prefix
+            own_kv += seen - (args.generate - 1) * prefix
             decode_flop += 2 * (body_params + head_params) * (args.generate - 1) + attend_flop * seen
     weight_bytes = (body_params + head_params) * itemsize
-    decode_bytes = steps * (weight_bytes + args.prefix * kv_bytes) + own_kv * kv_bytes
+    decode_bytes = steps * (weight_bytes + prefix * kv_bytes) + own_kv * kv_bytes
     prefill_s, decode_s = prefill_flop / rates["matrix_flop_s"], decode_bytes / rates["copy_bytes_s"]
     return {
         "limit_s": prefill_s + decode_s,
@@ -567,6 +568,7 @@ class VLLM:
         self.llm = None
 
 
+ONCE = ("continuous_batching", "hf_generate")
 ENGINES: dict[str, Callable[[argparse.Namespace, int], Any]] = {
     "berth": Berth,
     "continuous_batching": ContinuousBatching,
@@ -608,20 +610,45 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def measure(name: str, args: argparse.Namespace, rates: dict[str, float]) -> Run:
-    """Build an engine, warm it up, replay, free it."""
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Trajectories to replay, by repeat.
+
+    Attributes:
+        name: as it stands on each result.
+        prefix: tokens that all prompts begin with.
+    """
+
+    name: str
+    prefix: int
+    repeats: list[list[Trace]]
+
+
+def make_cells(args: argparse.Namespace) -> tuple[list[Cell], list[Trace]]:
+    """What is to be replayed, and a few other trajectories to warm up with."""
     vocabulary = min(150_000, model_config(args.shape).vocab_size)
-    trajectories = min(args.trajectories, args.hf_trajectories) if name == "hf_generate" else args.trajectories
+    seeds = range(args.seed, args.seed + args.repeats)
     make = partial(make_traces, prefix=args.prefix, vocabulary=vocabulary)
+    cells = [Cell(str(n), args.prefix, [make(n, seed) for seed in seeds]) for n in args.trajectories]
     if args.replay:
         tokenizer = loader.load_tokenizer(loader.resolve(args.tokenizer).folder)
-        make = partial(read_traces, args.replay, args.fewshot, tokenizer, vocabulary=vocabulary)
-        args.prefix = first_difference(*(trace.prompt for trace in make(2, args.seed)))
-    repeats = [make(trajectories, args.seed + repeat) for repeat in range(args.repeats)]
-    # `generate` compiles and captures nothing, and 32 trajectories take it a minute.
-    warm = make(min(2 if name == "hf_generate" else 32, trajectories), 9)
-    longest = max(len(trace.contexts()[-1]) for traces in (*repeats, warm) for trace in traces) + args.generate
-    max_model_len = -(-longest // 256) * 256
+        read = partial(read_traces, args.replay, args.fewshot, tokenizer, vocabulary=vocabulary)
+        prefix = first_difference(*(trace.prompt for trace in read(2, args.seed)))
+        n = args.replay_trajectories
+        cells.append(Cell(f"recorded {n}", prefix, [read(n, seed) for seed in seeds[: args.replay_repeats]]))
+    return cells, make(min(32, max((*args.trajectories, args.replay_trajectories if args.replay else 0))), 9)
+
+
+def measure(name: str, args: argparse.Namespace, rates: dict[str, float]) -> Run:
+    """Build an engine, warm it up, replay, free it. The slow peers replay the first cell alone, and once."""
+    cells, warm = make_cells(args)
+    if name in ONCE:
+        cells = [replace(cells[0], repeats=cells[0].repeats[:1])]
+    if name == "hf_generate":
+        # `generate` compiles and captures nothing, and 32 trajectories take it a minute.
+        cells, warm = [replace(cells[0], repeats=[cells[0].repeats[0][: args.hf_trajectories]])], warm[:2]
+    traces = [trace for cell in cells for repeat in cell.repeats for trace in repeat] + warm
+    max_model_len = -(-(max(len(trace.contexts()[-1]) for trace in traces) + args.generate) // 256) * 256
     run = Run(name)
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
@@ -631,18 +658,21 @@ def measure(name: str, args: argparse.Namespace, rates: dict[str, float]) -> Run
         engine.replay(warm)
         run.settings = engine.settings | {"start_s": round(time.perf_counter() - begin, 1)}
         print(f"{name}: ready after {run.settings['start_s']} s, {run.settings}", flush=True)
-        for repeat, traces in enumerate(repeats):
-            synchronize(args.device)
-            begin = time.perf_counter()
-            counts = engine.replay(traces)
-            synchronize(args.device)
-            wall_s = time.perf_counter() - begin
-            row = _row(name, repeat, traces, counts, wall_s, args) | limit(traces, args, rates)
-            row["ratio_to_limit"] = row["limit_s"] / wall_s
-            run.rows.append(row)
-            print(f"{name}: repeat {repeat}: {wall_s:.2f} s, {row['generated_tok_s']:,.0f} tok/s", flush=True)
+        for cell in cells:
+            for repeat, traces in enumerate(cell.repeats):
+                synchronize(args.device)
+                begin = time.perf_counter()
+                counts = engine.replay(traces)
+                synchronize(args.device)
+                wall_s = time.perf_counter() - begin
+                row = {"cell": cell.name} | _row(name, repeat, traces, counts, wall_s, args)
+                row |= limit(traces, cell.prefix, args, rates)
+                row["ratio_to_limit"] = row["limit_s"] / wall_s
+                run.rows.append(row)
+                print(f"{name}: {cell.name}: {wall_s:.2f} s, {row['generated_tok_s']:,.0f} tok/s", flush=True)
         if args.profile and name == "berth" and args.device.startswith("cuda"):
-            engine.profile(make(trajectories, args.seed + args.repeats))
+            seed = args.seed + args.repeats
+            engine.profile(make_traces(max(args.trajectories), seed, prefix=args.prefix))
     finally:
         engine.close()
         del engine
@@ -679,19 +709,26 @@ def _row(
     }
 
 
-def summarize(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """Median and spread (largest less smallest) of each engine's speed, against vLLM's and the limit."""
-    medians = {run.name: statistics.median(row["generated_tok_s"] for row in run.rows) for run in runs}
-    summary: dict[str, dict[str, Any]] = {}
+def summarize(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, Any]]]:
+    """By cell and engine: median and spread (largest less smallest) of the speed, against vLLM's and the limit."""
+    speeds: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for run in runs:
-        speeds = [row["generated_tok_s"] for row in run.rows]
-        summary[run.name] = {
-            "median_generated_tok_s": medians[run.name],
-            "spread": max(speeds) - min(speeds),
-            "ratio_to_vllm": medians[run.name] / medians["vllm"] if "vllm" in medians else None,
-            "ratio_to_limit": statistics.median(row["ratio_to_limit"] for row in run.rows),
-            "settings": run.settings,
-        }
+        for row in run.rows:
+            speeds.setdefault(row["cell"], {}).setdefault(run.name, []).append(row)
+    settings = {run.name: run.settings for run in runs}
+    summary: dict[str, dict[str, dict[str, Any]]] = {}
+    for cell, engines in speeds.items():
+        found = {name: [row["generated_tok_s"] for row in rows] for name, rows in engines.items()}
+        vllm = statistics.median(found["vllm"]) if "vllm" in found else None
+        for name, rows in engines.items():
+            median = statistics.median(found[name])
+            summary.setdefault(cell, {})[name] = {
+                "median_generated_tok_s": median,
+                "spread": max(found[name]) - min(found[name]),
+                "ratio_to_vllm": median / vllm if vllm else None,
+                "ratio_to_limit": statistics.median(row["ratio_to_limit"] for row in rows),
+                "settings": settings[name],
+            }
     return summary
 
 
@@ -701,7 +738,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--shape", choices=list(SHAPES), default="8b")
     add("--engines", default="berth", help=f"comma-separated, of {', '.join(ENGINES)} (default: berth)")
-    add("--trajectories", type=int, default=256)
+    add(
+        "--trajectories",
+        type=lambda text: [int(n) for n in text.split(",") if int(n)],
+        default=[256],
+        help="of random tokens; several numbers, comma-separated, are measured one after the other; 0: none",
+    )
     add("--repeats", type=int, default=3, help="each with a seed of its own: --seed and up")
     add("--seed", type=int, default=0)
     add("--max-batch", type=int, default=256, help="rows decoded together at most")
@@ -715,7 +757,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--hf-trajectories", type=int, default=32, help="hf_generate: it is slow, so at most so many")
     add("--cb-compile", type=int, default=1, help="continuous_batching: compile level")
     add("--prefix", type=int, default=1700, help="tokens of the shared prefix")
-    add("--replay", help="JSON lines of recorded trajectories in place of random tokens, repeated to --trajectories")
+    add("--replay", help="JSON lines of recorded trajectories, replayed as well")
+    add("--replay-trajectories", type=int, default=400, help="--replay: so many, by repeating what was recorded")
+    add("--replay-repeats", type=int, help="--replay: repeats (default: --repeats)")
     add("--fewshot", help="--replay: text file that all prompts start with (default: an instruction)")
     add("--tokenizer", default="smollm2-135m", help="--replay: model whose tokenizer it is")
     add("--generate", type=int, default=64, help="tokens generated a call")
@@ -731,6 +775,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--without: got {name}, wants {', '.join(FEATURES)}")
     if args.generate < 2:
         parser.error("--generate: wants 2 or more")
+    if not args.trajectories and not args.replay:
+        parser.error("--trajectories: wants 1 or more, or --replay")
     return args
 
 
@@ -754,8 +800,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             traceback.print_exc()
     results = [row for run in runs for row in run.rows]
     summary = summarize(runs)
-    of = f"{args.shape}, {Path(args.replay).name}" if args.replay else args.shape
-    print_table(f"ReAct replay, {of}", [{key: row[key] for key in SHOWN} for row in results])
+    print_table(f"ReAct replay, {args.shape}", [{key: row[key] for key in SHOWN} for row in results])
     workload = {key: value for key, value in vars(args).items() if key not in ("out", "device", "profile")}
     return write_json(
         args.out,

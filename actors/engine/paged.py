@@ -140,6 +140,7 @@ class PagedEngine:
         self._since_s: float | None = None  # when the step under way began
         self._finished_s = 0.0  # when the last one had ended
         self._hold = 0  # steps until one may be launched ahead again
+        self._ended = self._late = False  # rows have just ended; who waits was made to wait for it
         self._mail: SimpleQueue[Row | str | None] = SimpleQueue()  # a row: queue it, or drop it if cancelled
         self._closed = False
         self._lock = threading.Lock()  # between `_closed` and the mail
@@ -311,7 +312,11 @@ class PagedEngine:
         if self._hold:
             self._hold -= 1
             return None
-        runner, work = self._runner, self.scheduler.plan_behind(flight.work)
+        # What follows on rows that have just ended comes soon, and should not be one prefill step each: who waits is
+        # let in one step later.
+        self._late = self._ended and not self._late
+        self._ended = False
+        runner, work = self._runner, self.scheduler.plan_behind(flight.work, admit=not self._late)
         assert runner is not None
         if not work:
             return None
@@ -433,6 +438,7 @@ class PagedEngine:
         else:
             return True
         self.scheduler.remove(row)
+        self._ended = True
         answer = Generation(
             tuple(row.tokens[len(request.token_ids) :]), reason, self._usage(row, now_s), tuple(row.logprobs)
         )

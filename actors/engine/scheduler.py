@@ -190,11 +190,14 @@ class Scheduler:
             self._admit()
         return self._next([Work(row, row.done, row.left, True) for row in self.running], self._prefilled_last)
 
-    def plan_behind(self, under_way: Sequence[Work]) -> list[Work]:
+    def plan_behind(self, under_way: Sequence[Work], admit: bool = True) -> list[Work]:
         """The step behind one under way, planned before anybody knows what that draws.
 
         Rows that it completes whatever they draw are left out. Those that it turns out to have ended are computed in
         vain.
+
+        Args:
+            admit: let waiting rows in.
 
         Returns:
             nothing where it is to be waited for: a row would have to be preempted, or tokens are guessed.
@@ -214,7 +217,7 @@ class Scheduler:
         for part in todo:
             if not part.prefill and not self.pages.extend(part.row.sequence_id, part.start + 1 - part.row.done):
                 return []
-        if not self._refused:
+        if admit and not self._refused:
             todo += [Work(row, row.done, row.left, True) for row in self._admit()]
             todo.sort(key=lambda part: part.row.age)
         return self._next(todo, any(part.prefill for part in under_way))

@@ -12,22 +12,23 @@ from bench.common import model_config
 def test_replay(tmp_path, capsys):
     out = tmp_path / "made" / "replay.json"
     react_replay.main(
-        "--shape tiny --device cpu --engines berth,hf_generate --trajectories 3 --repeats 2 --prefix 64 --generate 4 "
+        "--shape tiny --device cpu --engines berth,hf_generate --trajectories 3,2 --repeats 2 --prefix 64 --generate 4 "
         f"--max-batch 4 --out {out}".split()
     )
     document = json.loads(out.read_text())
     assert set(document) == {"bench", "commit", "device", "versions", "workload", "results", "summary"}
     berth, peer = ([row for row in document["results"] if row["engine"] == name] for name in ("berth", "hf_generate"))
-    assert [row["repeat"] for row in berth] == [row["repeat"] for row in peer] == [0, 1]
-    for mine, theirs in zip(berth, peer, strict=True):
+    assert [(row["cell"], row["repeat"]) for row in berth] == [("3", 0), ("3", 1), ("2", 0), ("2", 1)]
+    assert [(row["cell"], row["repeat"]) for row in peer] == [("3", 0)]
+    for mine, theirs in zip(berth, peer, strict=False):
         assert mine["generated_tokens"] == theirs["generated_tokens"] == 4 * mine["calls"]
         assert mine["prefilled_tokens"] + mine["reused_tokens"] == theirs["prefilled_tokens"]
         assert mine["reused_tokens"] > theirs["reused_tokens"] == 0
         assert 0 < mine["prefill_s"] + mine["decode_s"] <= mine["wall_s"]
     for name in ("berth", "hf_generate"):
-        assert document["summary"][name]["median_generated_tok_s"] > 0
-        assert document["summary"][name]["ratio_to_limit"] > 0
-        assert document["summary"][name]["ratio_to_vllm"] is None
+        assert document["summary"]["3"][name]["median_generated_tok_s"] > 0
+        assert document["summary"]["3"][name]["ratio_to_limit"] > 0
+        assert document["summary"]["3"][name]["ratio_to_vllm"] is None
     assert "ReAct replay" in capsys.readouterr().out
 
 
@@ -36,7 +37,8 @@ def test_replay_of_recorded_text(tmp_path):
     rows = [{"id": str(i), "question": f"What is question {i}?", "steps": [step] * (2 + i)} for i in range(2)]
     (tmp_path / "replay.jsonl").write_text("\n".join(map(json.dumps, rows)))
     document = react_replay.main(
-        f"--shape tiny --device cpu --trajectories 5 --repeats 2 --generate 4 --replay {tmp_path}/replay.jsonl".split()
+        "--shape tiny --device cpu --trajectories 0 --replay-trajectories 5 --repeats 2 --generate 4 "
+        f"--replay {tmp_path}/replay.jsonl".split()
     )
     first, second = document["results"]
     assert first["calls"] == second["calls"] == 2 + 3 + 2 + 3 + 2
@@ -55,7 +57,7 @@ def test_reference_work():
 def test_limit():
     traces = react_replay.make_traces(256, 0)
     args = react_replay.parse(["--shape", "8b", "--device", "cuda"])
-    limit = react_replay.limit(traces, args, {"matrix_flop_s": 800e12, "copy_bytes_s": 3e12})
+    limit = react_replay.limit(traces, 1700, args, {"matrix_flop_s": 800e12, "copy_bytes_s": 3e12})
     # 270,000 tokens of 7 billion parameters; 504 steps over 15 GB of weights and the rows' KV.
     assert limit["limit_prefill_s"] == pytest.approx(2 * 7e9 * 271_000 / 800e12, rel=0.15)
     assert limit["limit_decode_steps"] == 8 * 63

@@ -672,6 +672,19 @@ def test_a_row_that_comes_waits_for_one_step_only():
         assert long.result(TIMEOUT_S).token_ids == expected([1, 2, 3], 1500)
 
 
+def test_a_newcomer_is_let_in_though_rows_end_at_every_step():
+    slow = {"fail": lambda rows: time.sleep(0.002), "launches": True}
+    with engine(num_pages=3000, max_model_len=2000, max_batch=64, **slow) as (paged, runner):
+        long = [paged.submit(request(f"{i}", [1, 2, i], 100 + i)) for i in range(50)]
+        wait(long[:1], TIMEOUT_S)  # from here on each step ends one
+        began = len(runner.steps)
+        assert answer(paged, "new", [7, 8, 9], 1).token_ids == expected([7, 8, 9], 1)
+        assert len(runner.steps) - began <= 8
+        assert [future.result(TIMEOUT_S).token_ids for future in long] == [
+            expected([1, 2, i], 100 + i) for i in range(50)
+        ]
+
+
 def test_a_preemption_lets_those_in_who_were_refused():
     """B grows until it is preempted; the follow-up of an older sequence, refused before, has room from then on."""
     slow = {"fail": lambda rows: time.sleep(0.002), "launches": True}
