@@ -1,7 +1,8 @@
 """Checks of the paged engine on a real device: each says ok or miss, with numbers.
 
 a  exactness  fp32, reference attention: alone = batched = preempted = `ReferenceEngine`, token for token
-b  half       bf16 and fp16 kernels against fp32 on the same (rounded) weights: logits, first divergence, CUDA graphs
+b  half       bf16 and fp16 kernels against fp32 on the same (rounded) weights: logits, first divergence, CUDA graphs;
+              graphs, compiled layers, shared pages and steps launched ahead against none of them
 c  memory     thousands of short calls: neither torch's memory nor the process grows
 d  oom        a real out-of-memory error, by a cap and by another process: every request completes, tokens unchanged
 e  reuse      replayed trajectories: equal tokens with and without reuse; what is reused, by size of the pool
@@ -25,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
@@ -55,6 +57,7 @@ from bench.common import (
 from bench.react_replay import Trace, make_traces, read_traces
 
 MAX_MODEL_LEN = 2048
+SHARED_TOKENS = 600
 Result = dict[str, Any]
 Tokens = tuple[int, ...]
 
@@ -271,9 +274,16 @@ def half_precision(args: argparse.Namespace, source: Source) -> list[Result]:
     for dtype in ("bfloat16", "float16"):
         model, exact = source.load(dtype), source.load("float32")
         exact.load_state_dict(model.state_dict())  # the same rounded weights
+        # Some begin with the same pages, which decode steps with graphs then read once.
+        first = make_prompts(1, SHARED_TOKENS, model.config.vocab_size, seed=2)[0]
         prompts = make_prompts(args.prompts, args.max_prompt, model.config.vocab_size)
+        prompts = [(first + p if i % 2 else p)[: args.max_prompt] for i, p in enumerate(prompts)]
         pages = pages_for([len(prompt) + args.tokens for prompt in prompts], 256) + 1
         options: dict[str, Any] = {"pages": pages, "max_batch": len(prompts), "max_model_len": MAX_MODEL_LEN}
+        engine = over_model(model, graphs=False, compile="off", **options)
+        engine.scheduler.plan_behind = lambda under_way, admit=True: []
+        plain: Any = together(engine, prompts, args.tokens)
+        engine.close()
         engine = over_model(exact, kernel="reference", **options)
         wanted: Any = together(engine, prompts, args.tokens)
         engine.close()
@@ -335,6 +345,21 @@ def half_precision(args: argparse.Namespace, source: Source) -> list[Result]:
                 difference_mean=float(apart.mean()),
                 difference_max=float(apart.max()),
                 rows_with_other_tokens=differ,
+            )
+        )
+        failed, differ, where = compare(exact, prompts, plain, found[True])
+        gaps = [abs(place["gap"]) for place in where]
+        results.append(
+            verdict(
+                "b",
+                f"{dtype} everything on against everything off",
+                # The same rounding errors as against fp32, of either.
+                not failed and max(gaps, default=0.0) <= 2 * largest,
+                rows_with_other_tokens=differ,
+                mismatch_rate=differ / len(prompts),
+                gap_median=statistics.median(gaps) if gaps else 0.0,
+                gap_max=max(gaps, default=0.0),
+                where=where,
             )
         )
         del model, exact, engine, logits, wanted_NGV, apart
@@ -483,13 +508,18 @@ def capped(args: argparse.Namespace, source: Source) -> Result:
     )
 
 
-def grabbed(args: argparse.Namespace, source: Source, dtype: str) -> Result:
-    """Another process takes all free memory for two seconds, gives it back for one, and again."""
+def grabbed(args: argparse.Namespace, source: Source, dtype: str, longest: int, stage: str) -> Result:
+    """Another process takes all free memory for two seconds, gives it back for one, and again.
+
+    Args:
+        longest: tokens of a prompt; with short ones nearly all steps decode.
+        stage: "prefill" or "decode": where memory must have run out.
+    """
     model = source.load(dtype)
     exact = dtype == "float32"
     rows = 24
-    waves = [make_prompts(rows, args.max_prompt, model.config.vocab_size, seed) for seed in range(20, 24)]
-    need = pages_for([args.max_prompt + args.tokens] * rows, 256)
+    waves = [make_prompts(rows, longest, model.config.vocab_size, seed) for seed in range(20, 23)]
+    need = pages_for([longest + args.tokens] * rows, 256)
     options: dict[str, Any] = {"pages": need + 1, "max_batch": rows, "max_model_len": MAX_MODEL_LEN}
 
     def play(engine: PagedEngine) -> list[Any]:
@@ -505,14 +535,17 @@ def grabbed(args: argparse.Namespace, source: Source, dtype: str) -> Result:
     empty_cache()
     engine = over_model(model, **options)
     runner = runner_of(engine)
-    step = runner.step
 
-    def from_nothing(rows: Any) -> Any:
+    def from_nothing(call: Callable[..., Any]) -> Callable[..., Any]:
         """Else the allocator serves a step from what it kept of the last, and nobody else can be in its way."""
-        torch.cuda.empty_cache()
-        return step(rows)
 
-    runner.step = from_nothing
+        def emptied(*args: Any) -> Any:
+            torch.cuda.empty_cache()
+            return call(*args)
+
+        return emptied
+
+    runner.step, runner.launch = from_nothing(runner.step), from_nothing(runner.launch)
     with subprocess.Popen(
         [sys.executable, "-c", _GRABBER, "2", "1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
@@ -533,10 +566,10 @@ def grabbed(args: argparse.Namespace, source: Source, dtype: str) -> Result:
     for at in range(0, len(found), len(prompts)):
         more, other_tokens, places = compare(model, prompts, expected, found[at : at + len(prompts)])
         failed, differ, where = failed + more, differ + other_tokens, where + places
-    ooms = events.get("oom_prefill", 0) + events.get("oom_decode", 0)
+    ooms = events.get(f"oom_{stage}", 0)
     return verdict(
         "d",
-        f"another process, {dtype}",
+        f"another process, {dtype}, in {stage}",
         not failed and not (exact and differ) and ooms > 0,
         requests=len(found),
         failed=failed,
@@ -553,7 +586,12 @@ def oom(args: argparse.Namespace, source: Source) -> list[Result]:
     if not source.device.startswith("cuda"):
         return skipped("d", "needs CUDA")
     results: list[Result] = []
-    for check in (capped, lambda a, s: grabbed(a, s, "float32"), lambda a, s: grabbed(a, s, "bfloat16")):
+    for check in (
+        capped,
+        partial(grabbed, dtype="float32", longest=args.max_prompt, stage="prefill"),
+        partial(grabbed, dtype="float32", longest=40, stage="decode"),
+        partial(grabbed, dtype="bfloat16", longest=args.max_prompt, stage="prefill"),
+    ):
         results.append(check(args, source))
         print(f"    events: {results[-1]['events']}", flush=True)
         empty_cache()
