@@ -15,7 +15,7 @@ all slots are taken: from the end of the first `--at-once` calls until the last 
 The model is written once into the cache folder ($BERTH_CACHE), with a tokenizer of made-up words.
 
     python -m bench.replica --shape 1.7b --out bench/results/replica.json
-    python -m bench.replica --shape tiny --trajectories 24 --at-once 16
+    python -m bench.replica --shape tiny
 """
 
 from __future__ import annotations
@@ -49,7 +49,16 @@ from actors.messages import FORECAST_LEVELS, Call, Forecast, Sampling, Stage, Tu
 from actors.replica import Replica
 from actors.router import session_id
 from actors.stopping import TurnMatcher
-from bench.common import SHAPES, default_device, device_info, print_table, random_model, runner_of, write_json
+from bench.common import (
+    SHAPES,
+    default_device,
+    device_info,
+    empty_cache,
+    print_table,
+    random_model,
+    runner_of,
+    write_json,
+)
 from bench.react_replay import Clock, Trace, check_length, make_traces
 from pipeline import pools
 from pipeline.batched import Batched
@@ -210,6 +219,7 @@ def write_model(folder: Path, shape: str, device: str) -> Path:
         made = Path(tempfile.mkdtemp(dir=folder.parent))
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         random_model(shape, device=device, dtype=dtype).save_pretrained(made)
+        empty_cache()  # the replica needs the room
         made_up_tokenizer(SHAPES[shape]["vocab_size"]).save_pretrained(made)
         try:
             made.rename(folder)
@@ -266,7 +276,9 @@ def run(args: argparse.Namespace, config: RunConfig) -> list[dict[str, Any]]:
     actor: Any = ray.remote(Clients)
     count = max(1, min(8, int(ray.cluster_resources().get("CPU", 1)) // 8))  # as many as a run has agents
     clients = [actor.options(num_cpus=0).remote(app, pool, leases) for _ in range(count)]
-    print(f"replica up after {time.perf_counter() - begin:.0f} s, {served.numerics.kernel}; {count} clients", flush=True)
+    print(
+        f"replica up after {time.perf_counter() - begin:.0f} s, {served.numerics.kernel}; {count} clients", flush=True
+    )
 
     def replay(way: str, traces: Sequence[Trace]) -> list[Done]:
         if way != "serve":
@@ -312,7 +324,9 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         }
     base = summary["engine"]["median_steady_tok_s"]
     for found in summary.values():
-        found["steady_cost"] = base / found["median_steady_tok_s"] - 1 if base and found["median_steady_tok_s"] else None
+        found["steady_cost"] = (
+            base / found["median_steady_tok_s"] - 1 if base and found["median_steady_tok_s"] else None
+        )
     return summary
 
 
@@ -321,16 +335,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shape", choices=list(SHAPES), default="1.7b")
-    add("--trajectories", type=int, default=384)
-    add("--at-once", type=int, default=256, help="trajectories in flight, and rows that the engine decodes together")
+    add("--trajectories", type=int, help="default: half more than --at-once")
+    add("--at-once", type=int, help="trajectories in flight, and rows decoded together (default: 256, on a CPU 16)")
     add("--repeats", type=int, default=2, help="each with a seed of its own: --seed and up")
     add("--seed", type=int, default=0)
     add("--prefix", type=int, default=1700, help="tokens of the shared prefix")
     add("--generate", type=int, default=64, help="tokens generated a call")
-    add("--device", default=default_device(), help="where the model is made; the replica takes a GPU where there is one")
+    add(
+        "--device", default=default_device(), help="where the model is made; the replica takes a GPU where there is one"
+    )
     add("--models", type=Path, help="folder that the model is written into (default: the cache folder)")
     add("--out", help="JSON file to write")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.at_once = args.at_once or (256 if args.device.startswith("cuda") else 16)
+    args.trajectories = args.trajectories or args.at_once * 3 // 2
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
