@@ -12,7 +12,6 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Any
 
 import ray
@@ -25,7 +24,7 @@ from actors.errors import NotHome
 from actors.gang import start_ranks, watch
 from actors.ledger import Reporter
 from actors.messages import Call, Generation, Numerics, Reply
-from actors.stopping import TurnMatcher
+from actors.stopping import speak
 
 log = logging.getLogger(__name__)
 
@@ -76,20 +75,16 @@ class Replica:
         """
         if call.home not in (None, self.id):
             raise NotHome(f"the home is {call.home}, this is {self.id}")
-        matcher = TurnMatcher(call.turn, self.tokenizer)
         request = Request(
             token_ids=call.token_ids,
             sequence_id=call.row_id,
             max_tokens=call.turn.max_tokens,
             sampling=call.sampling,
             stop_token_ids=self.stop_token_ids,
-            matcher=matcher,
         )
         with self.reporter.call(call):
-            generation = await self.answers.wait(self.engine.submit(request))
+            generation = await speak(self.engine, request, call.turn, self.tokenizer, self.answers.wait)
         self.reporter.answered(call, generation.usage)
-        if matcher.reason == "stage":
-            generation = replace(generation, finish_reason="stage")
         return Reply(generation, self.id, self.engine.numerics, self.reporter.device)
 
     async def end(self, row_ids: Sequence[str]) -> None:
