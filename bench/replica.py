@@ -38,8 +38,6 @@ from typing import Any
 import ray
 import torch
 from ray import serve
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from actors import ledger
 from actors.actions import LINE_END, MARKER, STOPS
@@ -54,6 +52,7 @@ from bench.common import (
     default_device,
     device_info,
     empty_cache,
+    made_up_tokenizer,
     print_table,
     random_model,
     runner_of,
@@ -226,19 +225,6 @@ def write_model(folder: Path, shape: str, device: str) -> Path:
         except OSError:  # somebody else was first
             shutil.rmtree(made)
     return folder
-
-
-def made_up_tokenizer(words: int) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer: the 256 bytes, then words that are numbers in base 16; no token ends a generation."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = alphabet + ["Ġ" + f"{n:05x}".translate(_LETTERS) for n in range(words - len(alphabet))]
-    tokenizer = Tokenizer(models.BPE({name: id for id, name in enumerate(names)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-_LETTERS = str.maketrans("0123456789", "ghijklmnop")
 
 
 # --- the benchmark
