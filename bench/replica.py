@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import shutil
 import statistics
@@ -41,6 +42,7 @@ from ray import serve
 
 from actors import ledger
 from actors.actions import LINE_END, MARKER, STOPS
+from actors.engine import assemble
 from actors.engine.loader import cache_folder
 from actors.engine.protocol import Request
 from actors.messages import FORECAST_LEVELS, Call, Forecast, Sampling, Stage, Turn
@@ -105,9 +107,21 @@ class Measured(Replica):
     """The replica of a run, which can also be given work without a call of its own for each request."""
 
     def __init__(self, *args: Any):
+        self.start: list[str] = []
+        log, handler = logging.getLogger(assemble.__name__), logging.Handler()
+        handler.emit = lambda record: self.start.append(record.getMessage())
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
         super().__init__(*args)
+        self.engine.submit(Request([FIRST_TOKEN], "first", 1)).result()
+        self.engine.end("first")
+        self.start.append(f"first token: the process is {assemble.process_age_s():.1f} s old")
         self.clock = Clock(runner_of(self.engine))  # pyright: ignore[reportArgumentType]
         self.cpu_s = time.process_time()
+
+    async def told(self) -> list[str]:
+        """What the engine said of its start."""
+        return self.start
 
     async def direct(self, traces: Sequence[Trace], at_once: int, generate: int, matched: bool) -> Done:
         """All trajectories straight on the engine, in a thread of this process."""
@@ -247,8 +261,8 @@ def row(way: str, repeat: int, done: Sequence[Done], generate: int, at_once: int
     }
 
 
-def run(args: argparse.Namespace, config: RunConfig) -> list[dict[str, Any]]:
-    """Deploy, warm up, measure in turn; the rows."""
+def run(args: argparse.Namespace, config: RunConfig) -> tuple[list[dict[str, Any]], list[str]]:
+    """Deploy, warm up, measure in turn; the rows, and what the engine said of its start."""
     vocabulary = SHAPES[args.shape]["vocab_size"]
     start_ray(config)
     app = app_name(config.out)
@@ -262,9 +276,10 @@ def run(args: argparse.Namespace, config: RunConfig) -> list[dict[str, Any]]:
     actor: Any = ray.remote(Clients)
     count = max(1, min(8, int(ray.cluster_resources().get("CPU", 1)) // 8))  # as many as a run has agents
     clients = [actor.options(num_cpus=0).remote(app, pool, leases) for _ in range(count)]
-    print(
-        f"replica up after {time.perf_counter() - begin:.0f} s, {served.numerics.kernel}; {count} clients", flush=True
-    )
+    up_s = time.perf_counter() - begin
+    print(f"replica up after {up_s:.0f} s, {served.numerics.kernel}; {count} clients", flush=True)
+    start: list[str] = handle.told.remote().result()
+    print(*start, sep="\n", flush=True)
 
     def replay(way: str, traces: Sequence[Trace]) -> list[Done]:
         if way != "serve":
@@ -290,7 +305,7 @@ def run(args: argparse.Namespace, config: RunConfig) -> list[dict[str, Any]]:
             if repeat >= 0:
                 rows.append(row(way, repeat, done, args.generate, args.at_once) | handle.counts.remote().result())
                 print({key: round(value, 2) if isinstance(value, float) else value for key, value in rows[-1].items()})
-    return rows
+    return rows, start
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -358,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     deployment = pools._deployment
     pools._deployment = lambda *a, **k: deployment(*a, **k).options(func_or_class=Measured)
     try:
-        rows = run(args, config)
+        rows, start = run(args, config)
     finally:
         pools._deployment = deployment
         serve.shutdown()
@@ -368,7 +383,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print_table("Against the bare engine", [{"way": way, **found} for way, found in summary.items()])
     workload = {key: value for key, value in vars(args).items() if key not in ("out", "device", "models")}
     return write_json(
-        args.out, "replica", device=device_info(args.device), workload=workload, results=rows, summary=summary
+        args.out,
+        "replica",
+        device=device_info(args.device),
+        workload=workload | {"start": start},
+        results=rows,
+        summary=summary,
     )
 
 
