@@ -34,9 +34,9 @@ def measure(prepared: Prepared, batch: int, speculation: str) -> tuple[dict[str,
     submit, requests = engine.submit, list[Any]()
     engine.submit = lambda request: requests.append(request) or submit(request)
     try:
-        begun = time.perf_counter()
+        begun, cpu_s = time.perf_counter(), time.process_time()
         found = asyncio.run(trajectories(prepared, engine, batch))
-        seconds = time.perf_counter() - begun
+        seconds, cpu_s = time.perf_counter() - begun, time.process_time() - cpu_s
     finally:
         engine.close()
     scores = [score(one, prepared.scorers, prepared.suite.primary).score or 0.0 for one in found]
@@ -45,6 +45,7 @@ def measure(prepared: Prepared, batch: int, speculation: str) -> tuple[dict[str,
         "labels": prepared.config.agent.labels,
         "speculation": speculation,
         "wall_s": seconds,
+        "cpu_s": cpu_s,
         "rows": len(found),
         "requests": len(requests),
         "generated": sum(one.usage.generated for one in found),
@@ -79,7 +80,7 @@ def main() -> None:
     summary = {
         f"{labels}, speculation {speculation}": {
             name: next(r[name] for r in results if (r["labels"], r["speculation"]) == (labels, speculation))
-            for name in ("wall_s", "generated", "requests", "score")
+            for name in ("wall_s", "cpu_s", "generated", "requests", "score")
         }
         for speculation in args.speculation.split(",")
         for labels in LABELS
