@@ -121,7 +121,8 @@ async def speak(
     matcher = TurnMatcher(turn, tokenizer)
     request = replace(request, matcher=matcher)
     before = await wait(engine.submit(request))
-    while matcher.reason == "label" and matcher.taken == before.usage.generated:  # the last token was the cue
+    # An engine that gives its matcher runs of tokens may have gone beyond the cue: then nothing is written.
+    while matcher.reason == "label" and matcher.taken == len(before.token_ids) - before.usage.forced:
         label = codec_of(tokenizer).encode(matcher.label())
         said = (*before.token_ids, *label)
         left = turn.max_tokens - matcher.taken
