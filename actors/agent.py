@@ -56,20 +56,7 @@ class _Tally:
     usage: Usage = field(default_factory=Usage)
 
     def add(self, other: Usage) -> None:
-        mine = self.usage
-        self.usage = Usage(
-            prompt_tokens=max(mine.prompt_tokens, other.prompt_tokens),
-            prefilled=mine.prefilled + other.prefilled,
-            reused=mine.reused + other.reused,
-            generated=mine.generated + other.generated,
-            kv_bytes_peak=max(mine.kv_bytes_peak, other.kv_bytes_peak),
-            batch_max=max(mine.batch_max, other.batch_max),
-            preemptions=mine.preemptions + other.preemptions,
-            queue_s=mine.queue_s + other.queue_s,
-            prefill_s=mine.prefill_s + other.prefill_s,
-            decode_s=mine.decode_s + other.decode_s,
-            gpu_s=mine.gpu_s + other.gpu_s,
-        )
+        self.usage = self.usage.plus(other)
 
 
 class Rollout:

@@ -34,7 +34,7 @@ from actors.actions import (
 )
 from actors.chat import PROBE, Chat, ReactChat, ToolCalling, stage
 from actors.errors import InputError
-from actors.messages import Task, Turn
+from actors.messages import Stage, Task, Turn
 from actors.tokens import Codec, codec_of
 
 __all__ = ["Action", "Format", "Prompt", "ToolSpec", "check_format", "fewshot_tools", "make_format"]
@@ -96,6 +96,7 @@ def make_format(
     reasoning_max_tokens: int | None,
     reasoning_history: str,
     task: Task,
+    forced_labels: bool = False,
 ) -> Format:
     """The transcript of a new trajectory.
 
@@ -103,6 +104,7 @@ def make_format(
         max_tokens: limits by stage: thought, action, answer.
         reasoning_max_tokens: tokens a model may think (<think>…</think>) before it speaks; None: as its thought.
         reasoning_history: `template`: earlier turns keep their reasoning if the template keeps it; `keep`: always.
+        forced_labels: react_text writes `Action n:` where a thought's first line ends; without it the model does.
 
     Raises:
         InputError: an unknown name or field, or a template that cannot do it.
@@ -116,12 +118,14 @@ def make_format(
             got=reasoning_history,
             wants=" | ".join(REASONING_HISTORY),
         )
+    if forced_labels and name != "react_text":
+        raise InputError("the model writes these labels", field="agent.labels", got="forced", wants="react_text")
     codec, actions = codec_of(tokenizer), Actions(tools)
     limits = dict(max_tokens)
     if reasoning_max_tokens is not None:
         limits["reasoning"] = reasoning_max_tokens
     if name == "react_text":
-        return ReactText(codec, actions, prompt, limits, task)
+        return ReactText(codec, actions, prompt, limits, task, forced_labels)
     kind = ReactChat if name == "react_chat" else ToolCalling
     system = "\n\n".join(part.strip() for part in (prompt.system, prompt.fewshot) if part.strip())
     return kind(codec, actions, system, fill(prompt.user, task).strip(), limits, reasoning_history == "keep")
@@ -167,8 +171,11 @@ def named_fields(template: str) -> list[str]:
 class ReactText:
     """Thought, Action, Observation as one text, numbered, as Yao et al. 2022 do with a plain language model."""
 
-    def __init__(self, codec: Codec, actions: Actions, prompt: Prompt, limits: Mapping[str, int], task: Task):
+    def __init__(
+        self, codec: Codec, actions: Actions, prompt: Prompt, limits: Mapping[str, int], task: Task, forced_labels: bool
+    ):
         self._codec, self._actions, self._limits = codec, actions, limits
+        self._cue = LINE_END if forced_labels else None
         label = re.match(r"\s*(\w+)[ \t]?:", prompt.user)
         user = prompt.user if label else f"Question: {prompt.user}"
         self._stops = (*STOPS, rf"\n[ \t]{{0,8}}{re.escape(label[1] if label else 'Question')}[ \t]{{0,3}}:")
@@ -190,7 +197,8 @@ class ReactText:
             return Turn((stage("answer", self._limits, LINE_END),))
         if self._phase == "action":
             return Turn((action,), self._stops)
-        return Turn((stage("thought", self._limits, MARKER), action), self._stops)
+        thought = Stage("thought", self._limits["thought"], MARKER, self._cue, f"Action {self._number}:")
+        return Turn((thought, action), self._stops)
 
     def read(self, generation_token_ids: Sequence[int], finish_reason: str) -> Action | None:
         """See `Format`. A thought without an action gets the label of one and is asked for it."""

@@ -372,7 +372,7 @@ class Reporter:
 
     def answered(self, call: Call, usage: Usage) -> None:
         """A call was answered."""
-        tokens = usage.prompt_tokens + usage.generated
+        tokens = usage.prompt_tokens + usage.generated + usage.forced
         if call.row_id in self.residents:
             self.residents[call.row_id] = Resident(call.row_id, call.suite, tokens)
         self.prefilled += usage.prefilled

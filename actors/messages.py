@@ -91,11 +91,16 @@ class Stage:
         name: thought, action, answer or reasoning.
         max_tokens: tokens the stage may generate; the turn ends there with reason `stage`.
         ends: regular expression whose first match in the stage's text ends the stage and starts the next.
+        cue: regular expression whose first match does so too if it comes before that of `ends`; `label` is then written
+            in the model's place.
+        label: what the format has between the stages; trusted text.
     """
 
     name: str
     max_tokens: int
     ends: str | None = None
+    cue: str | None = None
+    label: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +127,10 @@ class Usage:
 
     Attributes:
         prompt_tokens: tokens in the request.
-        prefilled: of them computed in this call, re-prefill after a preemption included.
+        prefilled: of them and of `forced` computed in this call, re-prefill after a preemption included.
         reused: of them found in the KV cache at first admission.
         generated: tokens generated.
+        forced: tokens among the answer's that were written in the model's place (see `Stage.label`).
         kv_bytes_peak: this sequence's own KV bytes at peak: its unique pages and its share of shared ones.
         batch_max: largest number of rows computed together with this one in a step.
         preemptions: times the row was set back.
@@ -145,6 +151,24 @@ class Usage:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     gpu_s: float = 0.0
+    forced: int = 0
+
+    def plus(self, other: Usage) -> Usage:
+        """Both together: the longest prompt, the highest peaks, sums of the rest."""
+        return Usage(
+            prompt_tokens=max(self.prompt_tokens, other.prompt_tokens),
+            prefilled=self.prefilled + other.prefilled,
+            reused=self.reused + other.reused,
+            generated=self.generated + other.generated,
+            kv_bytes_peak=max(self.kv_bytes_peak, other.kv_bytes_peak),
+            batch_max=max(self.batch_max, other.batch_max),
+            preemptions=self.preemptions + other.preemptions,
+            queue_s=self.queue_s + other.queue_s,
+            prefill_s=self.prefill_s + other.prefill_s,
+            decode_s=self.decode_s + other.decode_s,
+            gpu_s=self.gpu_s + other.gpu_s,
+            forced=self.forced + other.forced,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +176,11 @@ class Generation:
     """What the engine answers.
 
     Attributes:
-        token_ids: the generated tokens, the stop token (if any) included.
+        token_ids: the generated tokens, the stop token (if any) and forced ones included.
         finish_reason: stop (a stop token or the matcher), length (max_tokens), context (model limit).
             The replica says `stage` where a stage's own limit ended the turn.
         usage: what it cost.
-        logprobs: log-probability of each chosen token under the unmodified distribution.
+        logprobs: log-probability of each generated token under the unmodified distribution.
     """
 
     token_ids: tuple[int, ...]

@@ -9,8 +9,9 @@ import asyncio
 import gc
 import logging
 import os
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -22,8 +23,8 @@ from actors.engine.protocol import Capacity, Engine, EngineSpec, Request
 from actors.errors import NotHome
 from actors.gang import start_ranks, watch
 from actors.ledger import Reporter
-from actors.messages import Call, Numerics, Reply
-from actors.stopping import TurnMatcher
+from actors.messages import Call, Generation, Numerics, Reply
+from actors.stopping import speak
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Replica:
         self.id = f"{serve.get_replica_context().replica_id.unique_id}@{os.uname().nodename}"
         self.reporter = Reporter(ledger, pool, self.id, self.engine, device_bytes)
         self.reporter.start()
+        self.answers = Answers()
 
     async def generate(self, call: Call) -> Reply:
         """Continue a trajectory.
@@ -73,20 +75,16 @@ class Replica:
         """
         if call.home not in (None, self.id):
             raise NotHome(f"the home is {call.home}, this is {self.id}")
-        matcher = TurnMatcher(call.turn, self.tokenizer)
         request = Request(
             token_ids=call.token_ids,
             sequence_id=call.row_id,
             max_tokens=call.turn.max_tokens,
             sampling=call.sampling,
             stop_token_ids=self.stop_token_ids,
-            matcher=matcher,
         )
         with self.reporter.call(call):
-            generation = await asyncio.wrap_future(self.engine.submit(request))
+            generation = await speak(self.engine, request, call.turn, self.tokenizer, self.answers.wait)
         self.reporter.answered(call, generation.usage)
-        if matcher.reason == "stage":
-            generation = replace(generation, finish_reason="stage")
         return Reply(generation, self.id, self.engine.numerics, self.reporter.device)
 
     async def end(self, row_ids: Sequence[str]) -> None:
@@ -104,6 +102,40 @@ class Replica:
         if why := broken(self.engine, self.step_limit_s):
             log.error("%s; this process ends, so that Serve replaces it", why)
             os._exit(1)
+
+
+class Answers:
+    """Hands what an engine has finished to the event loop, all of a step at once: waking the loop is a system call, and
+    both threads then want the interpreter. Made on the loop."""
+
+    def __init__(self):
+        self._loop = asyncio.get_running_loop()
+        self._finished: deque[asyncio.Future[None]] = deque()
+        self._woken = False
+
+    async def wait(self, future: Future[Generation]) -> Generation:
+        """The engine's answer. Cancelling this cancels the request."""
+        waiting: asyncio.Future[None] = self._loop.create_future()
+        future.add_done_callback(lambda _: self._finish(waiting))
+        try:
+            await waiting
+        except asyncio.CancelledError:
+            future.cancel()
+            raise
+        return future.result()
+
+    def _finish(self, waiting: asyncio.Future[None]) -> None:
+        self._finished.append(waiting)
+        if not self._woken:  # in doubt twice, never not at all
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._woken = False
+        while self._finished:
+            waiting = self._finished.popleft()
+            if not waiting.done():
+                waiting.set_result(None)
 
 
 def broken(engine: Engine, step_limit_s: float) -> str | None:

@@ -1,90 +1,143 @@
-"""Ends a generation where its turn ends: the text side of the engine's matcher.
+"""Lets a model speak for a turn: ends the generation where the turn does (the text side of the engine's matcher), and
+writes what the turn says is to be written in the model's place.
 
-Runs on the engine's thread: per token one decode of a few ids and two searches over some 64 characters.
-Knows nothing of formats: the regular expressions and limits come with the Turn.
+The matcher runs on the engine's thread, for every token of every row of a step: a token's text is looked up, and some
+64 characters are searched. Knows nothing of formats: the regular expressions, limits and labels come with the Turn.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from actors.messages import Turn
+from actors.engine.protocol import Engine, Request
+from actors.messages import Generation, Turn
 from actors.tokens import codec_of
 
 LOOKBACK = 64
 """Characters before the newest ones in which a match may begin."""
+KEPT = 1024
+"""Characters of the text behind that are carried along: to cut them off at every token would cost more."""
 PARTIAL_TOKENS = 8
 """Tokens after which an incomplete character is taken as it is: a character has 4 bytes at most."""
-
-
-class _Tail:
-    """The newest characters of a growing text."""
-
-    __slots__ = ("cut", "text")
-
-    def __init__(self, text: str = ""):
-        self.text = text
-        self.cut = False
-
-    def push(self, new: str) -> None:
-        self.cut = self.cut or len(self.text) > LOOKBACK
-        self.text = self.text[-LOOKBACK:] + new
-
-    def search(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
-        return pattern.search(self.text, 1 if self.cut else 0)  # from 1, `^` holds at the text's own start only
 
 
 class TurnMatcher:
     """A Matcher (see `actors.engine.protocol`) for one generation.
 
     Attributes:
-        reason: `stop` where a regular expression ended the turn, `stage` where a stage's limit did; None before.
+        reason: `stop` where a regular expression ended the turn, `stage` where a stage's limit did, `label` where the
+            stage's label is to be written; None before.
+        taken: tokens up to there.
     """
 
     def __init__(self, turn: Turn, tokenizer: Any):
-        self.reason: Literal["stop", "stage"] | None = None
+        self.reason: Literal["stop", "stage", "label"] | None = None
+        self.taken = 0
+        self._codec = codec_of(tokenizer)
         self._stages = turn.stages
         self._stop = _either(turn.stop) if turn.stop else None
-        self._ends = [_either((stage.ends,)) if stage.ends else None for stage in turn.stages]
-        self._stage = 0
-        self._used = 0
-        self._pending: list[int] = []
-        self._turn_tail = _Tail()
-        self._stage_tail = _Tail()
-        self._decode = codec_of(tokenizer).decode
+        self._pending: list[int] = []  # tokens of a character that is not complete
+        self._turn_text = self._stage_text = ""
+        self._stage = -1
+        self._next_stage()
 
     def __call__(self, new_ids: Sequence[int], /) -> bool:
         """True: the turn has ended within `new_ids`."""
         for token in new_ids:
-            if self.reason is None:
-                self.reason = self._step(token)
+            if self.reason is not None:
+                break
+            text = self._codec.texts[token]
+            if self._pending or text.endswith("\ufffd"):
+                text = self._completed(token)
+            self.taken += 1
+            if text:
+                self.reason = self._ended(text)
+            if self.reason is None and self.taken == self._limit:
+                self.reason = "stage"
         return self.reason is not None
 
-    def _step(self, token: int) -> Literal["stop", "stage"] | None:
-        self._used += 1
-        self._pending.append(token)
-        text = self._decode(self._pending)
-        if not text.endswith("\ufffd") or len(self._pending) >= PARTIAL_TOKENS:
-            self._pending.clear()
-            if self._ended(text):
-                return "stop"
-        return "stage" if self._used >= self._stages[self._stage].max_tokens else None
+    def label(self) -> str:
+        """What is to be written now; the next stage begins behind it."""
+        label = self._stages[self._stage].label
+        self._turn_text += label
+        self._stage_text, self.reason = "", None
+        self._next_stage()
+        return label
 
-    def _ended(self, text: str) -> bool:
-        self._turn_tail.push(text)
-        self._stage_tail.push(text)
-        if self._stop is not None and self._turn_tail.search(self._stop):
-            return True
-        while (ends := self._ends[self._stage]) is not None and (match := self._stage_tail.search(ends)):
+    def _completed(self, token: int) -> str:
+        """The text of the pending tokens and this one; nothing as long as a character may lack its end."""
+        self._pending.append(token)
+        text = self._codec.decode(self._pending)
+        if text.endswith("\ufffd") and len(self._pending) < PARTIAL_TOKENS:
+            return ""
+        self._pending.clear()
+        return text
+
+    def _ended(self, new: str) -> Literal["stop", "label"] | None:
+        # Searched from `at` on, `^` matches at the text's own start only, and what stands before is seen.
+        text = self._turn_text if len(self._turn_text) < KEPT else self._turn_text[-2 * LOOKBACK :]
+        at = max(0, len(text) - LOOKBACK)
+        self._turn_text = text = text + new
+        if self._stop is not None and self._stop.search(text, at):
+            return "stop"
+        if self._stage:
+            at, text = int(len(self._stage_text) > LOOKBACK), self._stage_text[-LOOKBACK - 1 :] + new
+        while self._ends is not None and (match := self._ends.search(text, at)):
             if self._stage == len(self._stages) - 1:
-                return True
-            self._stage += 1
-            self._used = 0
-            self._stage_tail = _Tail(self._stage_tail.text[match.end() :])
-        return False
+                return "stop"
+            at, text = 0, text[match.end() :]
+            self._next_stage()
+        self._stage_text = text
+        return "label" if self._cue is not None and self._cue.search(text, at) else None
+
+    def _next_stage(self) -> None:
+        self._stage += 1
+        stage = self._stages[self._stage]
+        self._ends = _either((stage.ends,)) if stage.ends else None
+        self._cue = _either((stage.cue,)) if stage.cue else None
+        self._limit = self.taken + stage.max_tokens
+
+
+async def speak(
+    engine: Engine,
+    request: Request,
+    turn: Turn,
+    tokenizer: Any,
+    wait: Callable[[Future[Generation]], Awaitable[Generation]] = asyncio.wrap_future,
+) -> Generation:
+    """Let the model speak for a turn. A label that is written in its place is computed like a prompt: the engine gets
+    what was said so far and the label as the context of a further request.
+
+    Args:
+        request: without a matcher; its `max_tokens` are the turn's.
+        wait: awaits the engine's future.
+    """
+    matcher = TurnMatcher(turn, tokenizer)
+    request = replace(request, matcher=matcher)
+    before = await wait(engine.submit(request))
+    # An engine that gives its matcher runs of tokens may have gone beyond the cue: then nothing is written.
+    while matcher.reason == "label" and matcher.taken == len(before.token_ids) - before.usage.forced:
+        label = codec_of(tokenizer).encode(matcher.label())
+        said = (*before.token_ids, *label)
+        left = turn.max_tokens - matcher.taken
+        more = replace(request, token_ids=(*request.token_ids, *said), max_tokens=left)
+        after = await wait(engine.submit(more))
+        usage = replace(
+            before.usage.plus(after.usage),
+            prompt_tokens=before.usage.prompt_tokens,
+            reused=before.usage.reused,
+            forced=before.usage.forced + len(label),
+        )
+        before = replace(
+            after, token_ids=said + after.token_ids, usage=usage, logprobs=before.logprobs + after.logprobs
+        )
+    return replace(before, finish_reason="stage") if matcher.reason == "stage" else before
 
 
 @lru_cache(maxsize=256)

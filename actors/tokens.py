@@ -9,7 +9,7 @@ Knows nothing of formats, templates or tasks.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -31,6 +31,7 @@ class Codec:
         bos: ids that the tokenizer puts before a text.
         ends: special tokens that end a generation, by id.
         end: regular expression of their names.
+        texts: what each token adds to a text before it; where a token is part of a character, see `decode`.
     """
 
     def __init__(self, tokenizer: Any):
@@ -50,6 +51,7 @@ class Codec:
         self._spaced = str(tokenizer.convert_ids_to_tokens(alone)[0]).startswith("▁")
         self._anchor = list(alone)
         self._anchor_chars = len(self._decode(self._anchor))
+        self.texts = _Texts(self.decode)
 
     def plain(self, text: str) -> str:
         """`text` with every control token's name broken up; what `encode` makes of it has no control tokens."""
@@ -121,6 +123,17 @@ class Codec:
             if len(part) >= start and text.startswith(part):
                 return self.encode(self.plain(text[start : len(part)])) + list(ids[k:])
         return []
+
+
+class _Texts(dict[int, str]):
+    """Texts by token, each decoded when it is first asked for."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]):
+        self._decode = decode
+
+    def __missing__(self, token: int) -> str:
+        text = self[token] = self._decode([token])
+        return text
 
 
 @lru_cache(maxsize=8)

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from actors.engine.paged import PagedEngine
 
@@ -123,6 +124,17 @@ def random_model(
         return AutoModelForCausalLM.from_config(model_config(shape), dtype=dtype, attn_implementation=attention).eval()
     finally:
         torch.set_default_device(None)
+
+
+def made_up_tokenizer(words: int) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer: the 256 bytes, then words that are numbers in base 16; no token ends a generation."""
+    letters = str.maketrans("0123456789", "ghijklmnop")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = alphabet + ["Ġ" + f"{n:05x}".translate(letters) for n in range(words - len(alphabet))]
+    tokenizer = Tokenizer(models.BPE({name: id for id, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:

@@ -24,7 +24,7 @@ from actors.agent import Rollout
 from actors.engine import Engine, EngineSpec, Request, build
 from actors.engine.loader import stop_token_ids
 from actors.messages import Generation, Sampling, Task, Trajectory, Turn
-from actors.stopping import TurnMatcher
+from actors.stopping import speak
 from actors.tokens import codec_of
 from actors.tools import Toolbox, ToolThreads
 from pipeline.config import load_run
@@ -43,10 +43,8 @@ async def roll(prepared: Prepared, engine: Engine, task: Task, threads: ToolThre
     sequence_id = f"{prepared.facts.suite}/{task.row_id}"
 
     async def generate(token_ids: Any, turn: Turn) -> Generation:
-        matcher = TurnMatcher(turn, tokenizer)
-        request = Request(tuple(token_ids), sequence_id, turn.max_tokens, drawn, stops, matcher)
-        generation = await asyncio.wrap_future(engine.submit(request))
-        return replace(generation, finish_reason="stage") if matcher.reason == "stage" else generation
+        request = Request(tuple(token_ids), sequence_id, turn.max_tokens, drawn, stops)
+        return await speak(engine, request, turn, tokenizer)
 
     limits = limits_of(config, prepared.suite, prepared.model_len)
     toolbox = Toolbox(prepared.tools, task, codec_of(tokenizer).cut, threads)

@@ -86,6 +86,11 @@ class AgentConfig(Part):
     format: Literal["react_text", "react_chat", "tool_calling"] = Field(
         default="react_text", description="prompt format"
     )
+    labels: Literal["generated", "forced"] = Field(
+        default="generated",
+        description="who writes `Action 3:` in react_text: the model, or the format where a thought's first line ends, "
+        "which saves generating it; what a thought goes on with is then not said",
+    )
     max_steps: PositiveInt | None = Field(
         default=None, description="steps before Finish is forced; the suite's if null"
     )

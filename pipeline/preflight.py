@@ -143,6 +143,7 @@ def transcript(config: RunConfig, suite: Suite, tools: Sequence[Tool], tokenizer
         agent.reasoning.max_tokens,
         agent.reasoning.history,
         task,
+        agent.labels == "forced",
     )
 
 

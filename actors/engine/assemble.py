@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +42,30 @@ OTHERS_BYTES = 256 << 20
 """What another process may take without being waited for."""
 
 
+class Start:
+    """Seconds of each part of an engine's start, in order; the first is what came before, imports for the most part."""
+
+    def __init__(self):
+        self.seconds = {"before": process_age_s()}
+
+    @contextmanager
+    def part(self, name: str) -> Generator[None]:
+        """This part runs."""
+        begun_s = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - begun_s
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
+        return f"{parts}; the process is {process_age_s():.1f} s old"
+
+
+def process_age_s() -> float:
+    """Since this process was started; a Ray worker may have waited for its work."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
 def build(spec: EngineSpec) -> PagedEngine:
     """Load a model into a paged engine.
 
@@ -53,6 +79,7 @@ def build(spec: EngineSpec) -> PagedEngine:
     """
     if spec.kv_dtype != "auto":
         raise InputError("KV is kept in the model's dtype", field="memory.kv_dtype", got=spec.kv_dtype, wants="auto")
+    start = Start()
     device = torch.device(spec.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and spec.gpu_memory_fraction is not None:
         torch.cuda.set_per_process_memory_fraction(spec.gpu_memory_fraction)
@@ -67,7 +94,7 @@ def build(spec: EngineSpec) -> PagedEngine:
         check_weights(weights_bytes(config, dtype, spec.quantization, spec.tp), room, spec)
     gang = Gang.join(spec.tp, device, spec.rank_deadline_s) if spec.tp > 1 else None
     try:
-        with nullcontext() if gang is None else gang.agreed(START_S):
+        with start.part("load"), nullcontext() if gang is None else gang.agreed(START_S):
             model = loader.load_model(
                 found.folder,
                 str(loader.resolve_dtype(spec.dtype, device)).removeprefix("torch."),
@@ -92,6 +119,7 @@ def build(spec: EngineSpec) -> PagedEngine:
         compile=spec.compile,
         budget_fraction=spec.budget_fraction * (spec.gpu_memory_fraction or 1.0),
         gang=gang,
+        start=start,
     )
 
 
@@ -127,6 +155,7 @@ def over_model(
     compile: str = "auto",
     budget_fraction: float = 0.9,
     gang: Gang | None = None,
+    start: Start | None = None,
 ) -> PagedEngine:
     """A paged engine over a loaded model, on the model's device.
 
@@ -140,7 +169,9 @@ def over_model(
         budget_fraction: share of the GPU's memory to use.
         gang: this rank's seat, the model being its part (see `shard.split`). Ranks other than 0 do not return: they
             serve until rank 0's engine is closed, then raise SystemExit.
+        start: has the seconds of what was done before.
     """
+    start = start or Start()
     tp = 1 if gang is None else gang.size
     device, dtype = model.device, model.dtype
     if invariant and dtype != torch.float32:
@@ -151,7 +182,8 @@ def over_model(
     prefill = max_prefill_tokens or MAX_PREFILL_TOKENS[device.type]
     guesses = speculation == "on" or (speculation == "auto" and device.type == "cpu")
     kv = KVCache(kv_shapes(model.config, tp), 2, page_tokens, dtype, device)
-    check_numbers(chosen, kv, model.config)
+    with start.part("check"):
+        check_numbers(chosen, kv, model.config)
     kind: Any = Runner if gang is None else partial(ShardedRunner, gang=gang)
     runner: Runner = kind(model, kv, chosen, batch, prefill, length, graphs=graphs, invariant=invariant)
     cuda = device.type == "cuda"
@@ -162,30 +194,35 @@ def over_model(
         log.warning("compile: on has no effect on %s in %s over %d ranks: layers run as they are", device, dtype, tp)
     if half and (compile == "on" or (compile == "auto" and not hasattr(model.config, "num_experts"))):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(loader.cache_folder() / "compiled"))
-        compiled = runner.compile()
-    predicted = predict(
-        model.config,
-        tp=tp,
-        dtype=dtype,
-        max_prefill_tokens=prefill,
-        max_batch=batch,
-        max_model_len=length,
-        graphs=graphs and chosen != "reference",
-        cuda=cuda,
-        hopper=cuda and torch.cuda.get_device_capability(device) == (9, 0),
-        device_bytes=torch.cuda.get_device_properties(device).total_memory if cuda else None,
-        budget_fraction=budget_fraction,
-    )
+        with start.part("compile"):
+            compiled = runner.compile()
+    with start.part("predict"):
+        predicted = predict(
+            model.config,
+            tp=tp,
+            dtype=dtype,
+            max_prefill_tokens=prefill,
+            max_batch=batch,
+            max_model_len=length,
+            graphs=graphs and chosen != "reference",
+            cuda=cuda,
+            hopper=cuda and torch.cuda.get_device_capability(device) == (9, 0),
+            device_bytes=torch.cuda.get_device_properties(device).total_memory if cuda else None,
+            budget_fraction=budget_fraction,
+        )
     measured = {"weights_bytes": sum(p.nbytes for p in model.parameters())}
     if cuda and pages is None:
-        measured |= _measure(runner, before)
+        with start.part("profile"):
+            measured |= _measure(runner, before)
     with nullcontext() if gang is None else gang.agreed(START_S):
         count = pages or _pages(kv, predicted, measured, budget_fraction, most_pages(batch, length, page_tokens), tp)
     count = count if gang is None else gang.smallest(count)
-    runner.resize(count)
+    with start.part("pool"):
+        runner.resize(count)
     measured["pool_bytes"] = count * kv.bytes_page
     used = device_used_bytes(device) if cuda else 0
-    runner.capture()
+    with start.part("graphs"):
+        runner.capture()
     if cuda:
         measured["graph_bytes"] = device_used_bytes(device) - used
     memory = MemoryReport(predicted, measured, device_used_bytes(device) if cuda else None)
@@ -194,6 +231,7 @@ def over_model(
     computes = f"{chosen}+compiled" if compiled else chosen
     log.info("%d KV pages of %d tokens, kernel %s, %s", count, page_tokens, computes, name)
     log.info("memory, predicted → measured MiB: %s", memory)
+    log.info("start, seconds: %s", start)
     return PagedEngine(
         leader or runner,
         num_pages=count,

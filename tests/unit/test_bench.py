@@ -1,12 +1,22 @@
 """The benchmarks run on a CPU with a tiny shape; their numbers mean nothing there."""
 
 import json
+import subprocess
+import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from bench import engine_gpu, memory_model, react_replay, tensor_parallel
-from bench.common import model_config
+from bench.common import made_up_tokenizer, model_config
+
+with warnings.catch_warnings():  # Ray Serve's own
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from bench import replica
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_replay(tmp_path, capsys):
@@ -94,6 +104,50 @@ def test_tensor_parallel(tmp_path):
     assert (one["tensor_parallel"], two["tensor_parallel"]) == (1, 2)
     assert one["agreement"] == two["agreement"] == 1.0
     assert two["prefill_tok_s"] > 0 < two["decode_ms"]
+
+
+def test_replica_rates():
+    # 8 calls of 4 tokens by two processes, 2 at once: begun at 10 and 10.5, the last trajectory at 14.
+    done = [replica.Done(10.0, 13.0, (11.0, 12.0, 13.0, 14.0)), replica.Done(10.5, 14.0, (12.0, 13.0, 15.0, 18.0))]
+    row = replica.row("serve", 0, done, generate=4, at_once=2)
+    assert (row["calls"], row["wall_s"], row["calls_s"], row["generated_tok_s"]) == (8, 8.0, 1.0, 4.0)
+    assert row["steady_tok_s"] == 3 * 4 / 2  # behind the second call's end at 12: at 13, 13 and 14
+    bare = row | {"engine": "engine", "wall_s": 6.4, "steady_tok_s": 9.0}
+    summary = replica.summarize([bare, bare | {"engine": "matcher"}, row])
+    assert summary["serve"]["cost"] == pytest.approx(0.25)
+    assert summary["serve"]["steady_cost"] == pytest.approx(0.5)
+    assert summary["matcher"]["cost"] == summary["engine"]["steady_cost"] == 0.0
+
+
+def test_replica_work_is_as_long_in_every_way_and_shares_nothing():
+    traces = react_replay.make_traces(3, 0, prefix=64, vocabulary=2048)
+    first, second = (replica.shifted(traces, by, 2048) for by in (1, 2))
+    assert [[len(step) for step in trace.contexts()] for trace in first] == [
+        [len(step) for step in trace.contexts()] for trace in traces
+    ]
+    assert first[0].prompt[0] != second[0].prompt[0] != traces[0].prompt[0]
+    assert {1000 <= token < 2048 for trace in first for token in trace.prompt} == {True}
+    assert not {trace.id for trace in first} & {trace.id for trace in second}
+
+
+def test_made_up_words():
+    tokenizer = made_up_tokenizer(2048)
+    assert len(tokenizer) == 2048
+    assert len(tokenizer.decode([1000, 2047]).split()) == 2
+    assert tokenizer.decode(tokenizer.encode("Action 1:\n")) == "Action 1:\n"
+
+
+@pytest.mark.slow
+def test_replica(tmp_path):
+    argv = (
+        "--shape tiny --device cpu --trajectories 6 --at-once 4 --repeats 1 --prefix 64 --generate 4 "
+        f"--models {tmp_path} --out {tmp_path}/replica.json".split()
+    )
+    subprocess.run([sys.executable, "-m", "bench.replica", *argv], cwd=ROOT, check=True, timeout=280)
+    document = json.loads((tmp_path / "replica.json").read_text())
+    assert [row["engine"] for row in document["results"]] == ["engine", "matcher", "serve"]
+    assert {row["calls"] for row in document["results"]} == {document["results"][0]["calls"]}
+    assert any("first token" in line for line in document["workload"]["start"])
 
 
 def test_memory_model(tmp_path, monkeypatch):

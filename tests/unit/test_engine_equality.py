@@ -1,6 +1,7 @@
 """One request, one answer: the real paged engine on tiny fp32 models of every family, alone, in company, preempted,
 in chunks and over reused pages, against itself and against the reference engine."""
 
+import asyncio
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -12,8 +13,9 @@ from actors.engine import loader
 from actors.engine.assemble import over_model
 from actors.engine.protocol import Request
 from actors.engine.reference import ReferenceEngine
-from actors.messages import Sampling
-from bench.common import runner_of
+from actors.messages import Sampling, Stage, Turn
+from actors.stopping import speak
+from bench.common import made_up_tokenizer, runner_of
 from tests.unit.test_runner import CONFIGS, PAGE, WINDOW, _one_thread, prompt, tiny  # noqa: F401
 
 TOKENS = 17  # more than a page: every row outgrows what it was admitted with
@@ -197,6 +199,32 @@ def test_invariant_numbers_are_bit_equal(name):
 
 def test_the_prompts_are_longer_than_the_window():
     assert CONFIGS["mistral"]().sliding_window == WINDOW < max(len(request.token_ids) for request in GREEDY)
+
+
+async def test_a_label_is_written_alike_by_both_engines():
+    tokenizer = made_up_tokenizer(256)  # whose first 94 tokens are the printable ASCII characters
+    label = tuple(tokenizer.encode(":x:"))
+    turn = Turn((Stage("thought", 9, None, "[!-~]", ":x:"), Stage("action", 8)))
+    rows = [replace(request, max_tokens=turn.max_tokens, logprobs=True) for request in GREEDY + SAMPLED]
+    reference = ReferenceEngine(tiny("llama"), numerics="invariant", gather_s=0)
+    try:
+        with paged(tiny("llama"), "reference") as engine:
+            first = [await speak(reference, row, turn, tokenizer) for row in rows]
+            second = await asyncio.gather(*(speak(engine, row, turn, tokenizer) for row in rows))
+    finally:
+        reference.close()
+    assert tokens(first) == tokens(second)
+    for row, one, other in zip(rows, first, second, strict=True):
+        at = one.token_ids.index(label[0])
+        assert one.token_ids[at : at + 3] == label
+        assert one.finish_reason == other.finish_reason == "stage"
+        for usage in (one.usage, other.usage):
+            assert (usage.forced, usage.generated, usage.prompt_tokens) == (3, at + 8, len(row.token_ids))
+        assert len(one.token_ids) == at + 3 + 8
+        assert other.logprobs == pytest.approx(one.logprobs, abs=1e-4)
+        assert len(one.logprobs) == at + 8
+        # The last token said and the label, beside what was not reused of the prompt.
+        assert other.usage.prefilled + other.usage.reused == len(row.token_ids) + 1 + 3
 
 
 @pytest.mark.slow

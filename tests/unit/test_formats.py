@@ -55,9 +55,8 @@ def tokenizer(smollm2: Path) -> Any:
 
 def new(name: str, tokenizer: Any, asked: Task | None = None, prompt: Prompt = PROMPT, **more: Any) -> Format:
     reasoning = more.get("reasoning")
-    return make_format(
-        name, tokenizer, prompt, TOOLS, LIMITS, reasoning, more.get("history", "template"), asked or task()
-    )
+    history, forced = more.get("history", "template"), more.get("forced_labels", False)
+    return make_format(name, tokenizer, prompt, TOOLS, LIMITS, reasoning, history, asked or task(), forced)
 
 
 def say(transcript: Format, tokenizer: Any, text: str, reason: str | None = None) -> Action | None:
@@ -69,6 +68,25 @@ def say(transcript: Format, tokenizer: Any, text: str, reason: str | None = None
             ids = ids[: k + 1]
             break
     return transcript.read(ids, reason or matcher.reason or "stop")
+
+
+def test_forced_labels_give_the_transcript_of_generated_ones(tokenizer: Any) -> None:
+    text = " I look.\nAction 1: Search[X]\n"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    found = []
+    for forced in (False, True):
+        transcript = new("react_text", tokenizer, forced_labels=forced)
+        assert (transcript.turn().stages[0].cue is not None) == forced
+        found.append(transcript.read(ids, "stop"))
+        transcript.observe("An X.")
+        assert transcript.turn().stages[0].label == "Action 2:"
+        found.append(tuple(transcript.token_ids))
+    assert found[:2] == found[2:]
+
+
+def test_labels_of_a_chat_are_the_models(tokenizer: Any) -> None:
+    with pytest.raises(InputError, match=r"agent\.labels"):
+        new("react_chat", tokenizer, forced_labels=True)
 
 
 # actions as small models write them: text, tool, argument, slips
