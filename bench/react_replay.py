@@ -347,7 +347,7 @@ class Berth:
         gc.freeze()  # as a replica does
         runner = runner_of(self.engine)
         if "ahead" in args.without:
-            self.engine.scheduler.plan_behind = lambda under_way: []
+            self.engine.scheduler.plan_behind = lambda under_way, admit=True: []
         self.clock = Clock(runner)
         self.settings = {
             "kernel": self.engine.numerics.kernel,
