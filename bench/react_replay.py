@@ -629,7 +629,10 @@ def make_cells(args: argparse.Namespace) -> tuple[list[Cell], list[Trace]]:
     vocabulary = min(150_000, model_config(args.shape).vocab_size)
     seeds = range(args.seed, args.seed + args.repeats)
     make = partial(make_traces, prefix=args.prefix, vocabulary=vocabulary)
-    cells = [Cell(str(n), args.prefix, [make(n, seed) for seed in seeds]) for n in args.trajectories]
+    cells = [  # of other seeds each, or a cell would find the one before it in the cache
+        Cell(str(n), args.prefix, [make(n, seed + 100 * at) for seed in seeds])
+        for at, n in enumerate(args.trajectories)
+    ]
     if args.replay:
         tokenizer = loader.load_tokenizer(loader.resolve(args.tokenizer).folder)
         read = partial(read_traces, args.replay, args.fewshot, tokenizer, vocabulary=vocabulary)

@@ -35,6 +35,7 @@ def test_replay(tmp_path, capsys):
         assert mine["prefilled_tokens"] + mine["reused_tokens"] == theirs["prefilled_tokens"]
         assert mine["reused_tokens"] > theirs["reused_tokens"] == 0
         assert 0 < mine["prefill_s"] + mine["decode_s"] <= mine["wall_s"]
+    assert min(row["prefilled_tokens"] for row in berth) > 64  # none finds another's text in the cache
     for name in ("berth", "hf_generate"):
         assert document["summary"]["3"][name]["median_generated_tok_s"] > 0
         assert document["summary"]["3"][name]["ratio_to_limit"] > 0
