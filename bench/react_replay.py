@@ -792,6 +792,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"{device['name']}: copy {copy_gb_s:,.0f} GB/s, product {product_tflop_s:,.1f} TFLOP/s", flush=True)
     runs: list[Run] = []
     skipped: dict[str, str] = {}
+    document: dict[str, Any] = {}
     for name in args.engines.split(","):
         try:
             runs.append(measure(name, args, rates))
@@ -801,18 +802,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         except Exception as e:  # what the other engines said is worth keeping
             skipped[name] = f"failed: {type(e).__name__}: {e}"
             traceback.print_exc()
-    results = [row for run in runs for row in run.rows]
-    summary = summarize(runs)
-    print_table(f"ReAct replay, {args.shape}", [{key: row[key] for key in SHOWN} for row in results])
-    workload = {key: value for key, value in vars(args).items() if key not in ("out", "device", "profile")}
-    return write_json(
-        args.out,
-        "react_replay",
-        device=device,
-        workload=workload | {"skipped": skipped},
-        results=results,
-        summary=summary,
-    )
+        workload = {key: value for key, value in vars(args).items() if key not in ("out", "device", "profile")}
+        document = write_json(  # what there is, lest the next engine takes it along
+            args.out,
+            "react_replay",
+            device=device,
+            workload=workload | {"skipped": skipped},
+            results=[row for run in runs for row in run.rows],
+            summary=summarize(runs),
+        )
+    print_table(f"ReAct replay, {args.shape}", [{key: row[key] for key in SHOWN} for row in document["results"]])
+    return document
 
 
 if __name__ == "__main__":
