@@ -8,7 +8,7 @@ left to choose by is the time of return, as in Belady's rule (1966), which is `t
 
     lru        the allocator as it is
     predicted  latest expected return first: since the call ended, the mean of past waits for the same tool
-    true       latest true return first: the most that any prediction could gain
+    true       latest true return first: what a perfect prediction would gain
 
 The ledger places by predicted pages, so that a replica stands under a pressure of 1 at most unless forecasts are wrong.
 
