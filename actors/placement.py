@@ -3,9 +3,9 @@
 A replica takes one more trajectory where P(pages of its residents > its pool) ≤ 1 % at every step ahead. The pages
 of a resident h steps ahead are a random variable: what it will have grown to, or nothing if it has ended by then, as
 its forecast says, conditioned on its tokens so far. Its first three cumulants add up over residents, and the sum's
-quantile comes from them (Cornish and Fisher 1938). LightLLM's peak formula (Gong et al. 2025, "past-future scheduler",
-§3) looks ahead the same way with one number for each request; ours keeps the spread. Steps are the clock: a row that
-waits for its tool does not step, so it stands still.
+quantile is that of a gamma distribution that has them (Wilson and Hilferty 1931). LightLLM's peak formula (Gong et al.
+2025, "past-future scheduler", §3) looks ahead the same way with one number for each request; ours keeps the spread.
+Steps are the clock: a row that waits for its tool does not step, so it stands still.
 
 Knows nothing of engines, agents and transports. Not thread-safe.
 """
@@ -73,8 +73,9 @@ def demand(
     """
     step_B1 = growth_B[:, None]
     size_BH = tokens_B[:, None] + step_B1 * HORIZONS
-    # A row is there to the end of its last step: half a step is the correction for counting in steps.
-    reach_BH = np.maximum(tokens_B[:, None], size_BH - step_B1 / 2)
+    # A row is there to the end of its last step, which is half a step on average. Rows do not end their steps together:
+    # with all of that half charged for each, large pools never came near 1 %; with a quarter no pool is beyond it.
+    reach_BH = np.maximum(tokens_B[:, None], size_BH - step_B1 / 4)
     alive_BH = survival(reach_BH, quantiles_BK)
     known_B1 = alive_BH[:, :1]
     # Past all that was forecast it may end at any step.
@@ -89,9 +90,12 @@ def demand(
 
 def needed(cumulants: NDArray[np.int64]) -> Any:
     """Pages that [..., 3, H] summed cumulants exceed with a probability of 1 %."""
-    first, second, third = cumulants[..., 0, :], cumulants[..., 1, :], cumulants[..., 2, :]
-    skew = (SIGMAS**2 - 1) / 6 * np.maximum(third, 0) / np.maximum(second, 1)
-    return (first / _UNIT + SIGMAS * np.sqrt(second / _UNIT) + skew).max(-1)
+    first, second, third = (cumulants[..., i, :] / _UNIT for i in range(3))
+    deviation = np.sqrt(second)
+    # Far ahead few rows are left, each with a small chance to be large: no expansion around a normal holds there.
+    skew = np.maximum(third / np.maximum(deviation, 0.01) ** 3, 1e-3)
+    factor = 2 / skew * (np.maximum(1 + skew / 6 * (SIGMAS - skew / 6), 0) ** 3 - 1)
+    return (first + factor * deviation).max(-1)
 
 
 def keeps(waited_s: Floats, past_waits_s: Floats, refill_s: Floats | float) -> NDArray[np.bool_]:

@@ -32,7 +32,7 @@ import numpy as np
 from actors.messages import Task
 from bench.common import device_info, print_table, write_json
 from bench.rollouts import prepared_run
-from pipeline.footprint import Forecaster, order
+from pipeline.footprint import Forecaster
 from pipeline.preflight import Prepared, transcript
 from pipeline.run import untaught
 from pipeline.tables import read_results
@@ -136,8 +136,12 @@ def simulated(rows: Sequence[Row], make: Callable[[], Forecaster], concurrent: i
     """A run that learns as it goes: coverage of the forecasts that were made when rows started."""
     model = make()
     by_id = {row["row_id"]: row for row in rows}
-    counts = {row["task_id"]: row["prompt_tokens"] for row in rows}
-    waiting = [by_id[task.row_id] for task, _ in order(map(as_task, rows), model, counts)][::-1]
+
+    def size(row: Row) -> tuple[int, int, str]:
+        forecast = model.forecast(as_task(row), row["prompt_tokens"])
+        return -forecast.p95_tokens, -forecast.p50_tokens, row["row_id"]
+
+    waiting = sorted(rows, key=size, reverse=True)  # popped from its end: the largest first
     running: list[tuple[float, str]] = []
     now, made = 0.0, []
     while waiting or running:
@@ -154,12 +158,15 @@ def simulated(rows: Sequence[Row], make: Callable[[], Forecaster], concurrent: i
     return {"method": f"run, {concurrent} at once" + ", in order" * in_order, "learned": None, **found}
 
 
-def summarise(measures: Sequence[Row]) -> Row:
-    """Means over splits; of the p95's coverage also its spread and how often it lies in the band."""
+def summarise(measures: Sequence[Row], learned: int) -> Row:
+    """Means over splits; of the p95's coverage also its spread, how often it lies in the band, and the spread that a
+    perfect method would have: a quantile of so many rows, checked on so many others."""
     coverage = [row["p95_coverage"] for row in measures]
     mean = {name: statistics.fmean(row[name] for row in measures) for name in measures[0]}
     inside = sum(BAND[0] <= value <= BAND[1] for value in coverage) / len(coverage)
-    return mean | {"p95_coverage_sd": statistics.pstdev(coverage), "splits_in_band": inside}
+    sampling = (0.95 * 0.05 * (1 / learned + 1 / mean["held"])) ** 0.5 if learned else None
+    spread = {"p95_coverage_sd": statistics.pstdev(coverage), "p95_sampling_sd": sampling}
+    return mean | spread | {"splits_in_band": inside}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -218,7 +225,7 @@ def measured(rows: Sequence[Row], make: Callable[[], Forecaster], args: argparse
     """Every method after so many learned rows, then simulated runs."""
     for learned in (n for n in args.learned if n < len(rows)):
         for method, measures in repeated(rows, make, learned, args.repeats).items():
-            yield {"method": method, "learned": learned, **summarise(measures)}
+            yield {"method": method, "learned": learned, **summarise(measures, learned)}
     for concurrent in args.concurrent:
         yield simulated(rows, make, concurrent, False)
         yield simulated(rows, make, concurrent, True)

@@ -76,6 +76,7 @@ class Option:
         oom_risk: probability that memory runs short: the residents outgrow the pool (some are set back and computed
             again), or the memory model is wrong by more than what the budget leaves.
         cheaper: not the first rung that fits, but the one with the fewest GPU hours.
+        pool: a larger pool of the config, for rows that outgrow the smallest; how many do is not known, nor its hours.
     """
 
     gpu: Gpu
@@ -91,6 +92,7 @@ class Option:
     gpu_hours: float | None = None
     usd: float | None = None
     cheaper: bool = False
+    pool: str | None = None
 
 
 # --- trajectories
@@ -171,11 +173,13 @@ def rungs(config: RunConfig, kv_heads: int, batch: int, prefill: int) -> list[tu
     Raises:
         InputError: the KV heads cannot be split as the config wants.
     """
-    base = min(pool.tensor_parallel_size for pool in config.pools.values())
-    if kv_heads % base:
-        raise InputError(
-            "the model's KV heads cannot be split so", field="pools", got=base, wants=f"a divisor of {kv_heads}"
-        )
+    sizes = [pool.tensor_parallel_size for pool in config.pools.values()]
+    for size in sizes:
+        if kv_heads % size:
+            raise InputError(
+                "the model's KV heads cannot be split so", field="pools", got=size, wants=f"a divisor of {kv_heads}"
+            )
+    base = min(sizes)
     found = [("as it is", base, batch, prefill)]
     for kind in ("smaller_batch", "shard") if isinstance(config.fallback, str) else config.fallback:
         if kind == "smaller_batch":
@@ -188,7 +192,7 @@ def rungs(config: RunConfig, kv_heads: int, batch: int, prefill: int) -> list[tu
 
 def choose(config: RunConfig, model_config: Any, expected: Expected, model_len: int, gpu: Gpu) -> list[Option]:
     """The first rung at which the longest trajectory fits the GPU; then the cheapest one, if it saves a tenth or more
-    of the GPU hours. Where nothing fits, the last rung tried."""
+    of the GPU hours. Where nothing fits, the last rung tried. Behind it the config's larger pools."""
     from actors.engine.assemble import MAX_BATCH, MAX_PREFILL_TOKENS
     from actors.engine.kv import kv_shapes
 
@@ -198,12 +202,23 @@ def choose(config: RunConfig, model_config: Any, expected: Expected, model_len: 
     first, *others = rungs(config, kv_shapes(model_config)[0][0], batch, prefill)
     tried = [first, *(rung for rung in others if gpu.count is None or rung[1] <= gpu.count)]
     options = [_option(config, model_config, expected, model_len, gpu, rung) for rung in tried]
+    _, *pools = sorted((pool.tensor_parallel_size, name) for name, pool in config.pools.items())
+    larger = [
+        replace(
+            _option(config, model_config, expected, model_len, gpu, (f"{tp} GPUs", tp, batch, prefill)),
+            pool=name,
+            hours=None,
+            gpu_hours=None,
+            usd=None,
+        )
+        for tp, name in pools
+    ]
     fitting = [option for option in options if option.rung is not None]
     if not fitting:
-        return options[-1:]
+        return options[-1:] + larger
     cheapest = min(fitting, key=lambda option: option.gpu_hours or 0.0)
     saves = cheapest.gpu_hours and fitting[0].gpu_hours and cheapest.gpu_hours <= 0.9 * fitting[0].gpu_hours
-    return [fitting[0], replace(cheapest, cheaper=True)] if saves else fitting[:1]
+    return [fitting[0], *([replace(cheapest, cheaper=True)] if saves else []), *larger]
 
 
 def _option(
@@ -382,19 +397,24 @@ def show(screen: Screen, plan: Plan) -> None:
     screen.line(
         "units", "GiB on one GPU; at once: of a replica, if all stood at their peak; time: without loading and tools"
     )
+    if any(option.pool for option in plan.options):
+        screen.line("pools", "time is that of all rows in the smallest; the larger ones take what it cannot hold")
 
 
 def _cells(option: Option) -> list[str]:
     memory = option.memory
     rest = memory.fixed_bytes - memory.weights_bytes - memory.step_bytes
     sizes = [f"{size / GIB:,.1f}" for size in (memory.weights_bytes, memory.step_bytes, rest, memory.pool_bytes or 0)]
+    name = f"  {option.pool}:" if option.pool else "  cheaper:" if option.cheaper else option.gpu.name
     if option.rung is None:
-        return [option.gpu.name, "none", *sizes, "-", "-", "-", "-", "-", "does not fit"]
+        return [name, "none", *sizes, "-", "-", "-", "-", "-", "does not fit"]
     rung = option.rung
+    if option.pool:
+        return [name, rung, *sizes, f"{option.at_once:,}", "-", "-", "-", "-", risk_text(option.oom_risk)]
     if rung == "smaller batch":
         rung = f"batch {option.max_batch}, prefill {option.max_prefill_tokens:,}"
     return [
-        "  cheaper:" if option.cheaper else option.gpu.name,
+        name,
         rung,
         *sizes,
         f"{option.at_once:,}",

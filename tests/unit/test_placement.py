@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from actors.errors import Fenced
 from actors.messages import Ask, Forecast, Resident
-from actors.placement import LEVELS, Placement, Pool, keeps, quantiles_of, survival
+from actors.placement import HORIZONS, LEVELS, Placement, Pool, keeps, needed, quantiles_of, survival
 
 PAGE = 256
 GROWTH = np.interp(LEVELS, (0, 0.5, 0.9, 1), (0, 2_000, 5_000, 9_000))
@@ -77,6 +77,18 @@ def test_a_full_replica_outgrows_its_pool_in_one_of_a_hundred_futures(pages):
         mean_peak.append(largest.mean() / pages)
     assert np.mean(exceeded) <= 0.015  # 1 % and what 5,000 futures leave open
     assert np.mean(mean_peak) > 0.5
+
+
+def test_the_bound_is_that_of_the_sum_s_distribution():
+    def bound(mean: float, variance: float, third: float) -> float:
+        return float(needed(np.rint(np.outer([mean, variance, third], np.ones(len(HORIZONS))) * 256).astype(np.int64)))
+
+    assert bound(10, 0, 0) == 10
+    p, pages = 1e-4, 90  # ten rows, each of which comes to 90 pages once in 10,000 times: 0.1 % that any does
+    assert bound(10 * p * pages, 10 * p * pages**2, 10 * p * pages**3) < 1
+    drawn = np.random.default_rng(0).binomial(20, 0.2, 100_000) * 10.0
+    found = bound(drawn.mean(), drawn.var(), ((drawn - drawn.mean()) ** 3).mean())
+    assert np.quantile(drawn, 0.99) <= found <= np.quantile(drawn, 0.9995)
 
 
 def test_the_shared_prompt_is_counted_once():

@@ -195,6 +195,20 @@ def test_the_cheaper_rung_is_named_too(folders):
     assert len(plan.make_plan(config, [H200]).options) == 1
 
 
+def test_each_larger_pool_is_shown(folders):
+    pools = "pools={single: {}, pair: {tensor_parallel_size: 2}, quad: {tensor_parallel_size: 4}}"
+    config = load_run(QUICKSTART, [f"model.id={folders / '32b'}", pools])
+    shown = [option for option in plan.make_plan(config, hardware.GPUS).options if not option.cheaper]
+    of_h100 = [option for option in shown if option.gpu.name == "H100 80 GB"]
+    assert [(option.pool, option.gpus) for option in of_h100] == [(None, 1), ("pair", 2), ("quad", 4)]
+    assert of_h100[0].at_once < of_h100[1].at_once <= of_h100[2].at_once
+    assert [option.hours is None for option in of_h100] == [False, True, True]
+    code, out, _ = invoke("--set", f"model.id={folders / '32b'}", "--set", pools)
+    lines = [line for line in out.splitlines() if line.startswith(("  pair:", "  quad:"))]
+    assert (code, len(lines)) == (0, 2 * len(hardware.GPUS))
+    assert "does not fit" in lines[0], "65 GB of weights on two GPUs of 24 GB"
+
+
 def test_local_gpus_take_their_rates_from_the_table(monkeypatch):
     a100 = memory.Device("NVIDIA A100-SXM4-80GB", 79 << 30, (8, 0))
     h100 = memory.Device("NVIDIA H100 80GB HBM3", 79 << 30, (9, 0))
