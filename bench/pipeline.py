@@ -40,17 +40,28 @@ def write_run(folder: Path, tasks: int) -> Path:
 def title(process: psutil.Process) -> str:
     """A process's role, by its command line."""
     line = " ".join(process.cmdline())
-    for mark in ("Agents", "ServeReplica", "Journal", "ServeController", "raylet", "gcs_server", "pipeline run"):
+    for mark in (
+        "Agents",
+        "ServeReplica",
+        "Journal",
+        "Ledger",
+        "ServeController",
+        "raylet",
+        "gcs_server",
+        "pipeline run",
+    ):
         if mark in line:
             return mark
     return "other"
 
 
-def run_job(run: Path, max_batch: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Run the job; its summary, and MiB of resident memory of the largest process of each role, sampled each 2 s."""
+def run_job(run: Path, max_batch: int) -> tuple[dict[str, Any], dict[str, list[float]], dict[str, float]]:
+    """Run the job; its summary, MiB of resident memory of the largest process of each role, sampled each 2 s, and CPU
+    seconds of each role."""
     env = os.environ | script(max_batch=max_batch)
     argv = [sys.executable, "-m", "pipeline", "run", str(run), "--json"]
     memory: dict[str, list[float]] = defaultdict(list)
+    cpu_s: dict[tuple[str, int], float] = {}
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=output)
         while process.poll() is None:
@@ -59,6 +70,8 @@ def run_job(run: Path, max_batch: int) -> tuple[dict[str, Any], dict[str, list[f
                 try:
                     role = title(one)
                     found[role] = max(found.get(role, 0.0), one.memory_info().rss / 2**20)
+                    times = one.cpu_times()
+                    cpu_s[role, one.pid] = times.user + times.system
                 except psutil.Error:
                     continue
             for role, mib in found.items():
@@ -67,7 +80,10 @@ def run_job(run: Path, max_batch: int) -> tuple[dict[str, Any], dict[str, list[f
         if process.returncode:
             sys.exit(f"the job ended with exit code {process.returncode}")
         output.seek(0)
-        return json.loads(output.read()), dict(memory)
+        by_role: dict[str, float] = defaultdict(float)
+        for (role, _), seconds in cpu_s.items():
+            by_role[role] += seconds
+        return json.loads(output.read()), dict(memory), by_role
 
 
 def bare_calls(seconds: float, at_once: int) -> float:
@@ -116,7 +132,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        summary, memory = run_job(write_run(Path(folder), args.tasks), args.max_batch)
+        summary, memory, cpu_s = run_job(write_run(Path(folder), args.tasks), args.max_batch)
     rate = bare_calls(args.seconds, args.max_batch)
     wall_s = summary["throughput"]["wall_s"]
     tasks_s = args.tasks / wall_s
@@ -138,10 +154,12 @@ def main() -> None:
             "median_mib": sorted(mib)[len(mib) // 2],
             "last_mib": mib[-1],
             "max_mib": max(mib),
+            "cpu_s": cpu_s[role],
+            "cpu_ms_task": cpu_s[role] / args.tasks * 1000,
         }
         for role, mib in sorted(memory.items())
     ]
-    print_table("resident memory by role, sampled each 2 s", shown)
+    print_table("resident memory by role, sampled each 2 s, and CPU time", shown)
     write_json(
         args.out,
         "pipeline",

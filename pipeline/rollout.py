@@ -16,7 +16,7 @@ import time
 import traceback
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors import ledger
 from actors.agent import Limits, Rollout
 from actors.engine.protocol import Capacity
-from actors.errors import EngineDead, EngineError, Fenced, Incomplete, InputError, NotHome, OutOfMemory
+from actors.errors import BerthError, EngineDead, EngineError, Fenced, Incomplete, InputError, NotHome, OutOfMemory
 from actors.ladder import GiveUp, Hardware, Shortage, Standing, next_rung
 from actors.messages import Call, DeviceBytes, Forecast, Generation, Numerics, Reply, Sampling, Trajectory
 from actors.placement import own_pages
@@ -60,12 +60,15 @@ CALLS_PER_AGENT = 64
 RETRY_S = 1.0
 MOST_RETRY_S = 16.0
 BATCH_S = 0.005
+CALLS_AT_ONCE = 8
 WORKER_ENV = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # or agents, which have no GPU, would see all of them
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # the manifest has few files; 32 processes cost a minute to start
 }
 KEEPER_S = 5.0
 SLOW_MODEL_S = 24 * 3600
+
+Answers = AsyncIterator[Iterable[tuple[int, Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,7 @@ class Agents:
         self.handles = {pool: serve.get_deployment_handle(pool, job.app) for pool in job.pools}
         self.running: asyncio.Semaphore | None = None
         self.rolled: set[str] = set()
+        self.lines: dict[tuple[str, str], Batched] = {}
         self._journal = Batched(self._send_journal, BATCH_S)
         self.lease = Batched(self._send_leases, BATCH_S)
         self._endings = Batched(self._send_endings, 10 * BATCH_S)
@@ -123,22 +127,40 @@ class Agents:
         """Ask the journal; see its methods."""
         return self._journal((name, arguments))
 
-    async def _send_journal(self, requests: Sequence[Any]) -> Sequence[Any]:
-        return await self.journal.do.remote(requests)
+    async def _send_journal(self, requests: Sequence[Any]) -> Answers:
+        yield enumerate(await self.journal.do.remote(requests))
 
-    async def _send_leases(self, requests: Sequence[Any]) -> Sequence[Any]:
-        return await self.ledger.do.remote(requests)
+    async def _send_leases(self, requests: Sequence[Any]) -> Answers:
+        yield enumerate(await self.ledger.do.remote(requests))
+
+    async def generate(self, call: Call, pool: str) -> Reply:
+        """Call the replica `call.home`, in one message with the calls whose leases came together with this one's.
+
+        Raises:
+            BerthError: see `Replica.generate`.
+        """
+        if call.home is None:  # Serve starts replicas by the number of such calls
+            session: Any = self.handles[pool].options(session_id=session_id(None, call.row_id))
+            return await session.generate.remote(call)
+        line = self.lines.get((pool, call.home))
+        if line is None:
+            session: Any = self.handles[pool].options(session_id=session_id(call.home, ""), stream=True)
+            line = self.lines[pool, call.home] = Batched(session.generate_many.remote, 0.0, CALLS_AT_ONCE)
+        answer = await line(call)
+        if isinstance(answer, BerthError):
+            raise answer
+        return answer
 
     def end(self, row_id: str, attempt: int, pool: str | None = None, replica: str = "") -> None:
         """Let the replica free what it keeps for a trajectory, and then the ledger its lease, soon."""
         self._endings((row_id, attempt, pool, replica))
 
-    async def _send_endings(self, requests: Sequence[Any]) -> Sequence[Any]:
+    async def _send_endings(self, requests: Sequence[Any]) -> Answers:
         ended: dict[tuple[str | None, str], list[tuple[str, int]]] = defaultdict(list)
         for row_id, attempt, pool, replica in requests:
             ended[pool, replica].append((row_id, attempt))
         await asyncio.gather(*(self._end_at(pool, replica, rows) for (pool, replica), rows in ended.items()))
-        return requests
+        yield enumerate(requests)
 
     async def _end_at(self, pool: str | None, replica: str, rows: Sequence[tuple[str, int]]) -> None:
         row_ids = [row_id for row_id, _ in rows]
@@ -281,10 +303,9 @@ class Attempts:
             self.home = None
             lease = await self.lease.acquire(self.attempt, self.forecast, len(call.token_ids), self.wanted)
             self.home, self.pool = lease.replica, lease.pool
-            session = self.agents.handles[lease.pool].options(session_id=session_id(self.home, call.row_id))
             try:
                 self.agents.forecaster.begin(self.task.row_id)
-                reply = await session.generate.remote(replace(call, home=self.home))
+                reply = await self.agents.generate(replace(call, home=self.home), self.pool)
             except NotHome:
                 self.lease.failed(self.home)
                 await asyncio.sleep(wait_s)
