@@ -501,7 +501,12 @@ def start_journal(config: RunConfig, attempts: Mapping[str, int]) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft="://" in config.out)
     actor: Any = ray.remote(Journal)
     return actor.options(
-        num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=10_000, scheduling_strategy=here
+        num_cpus=0,
+        max_restarts=-1,
+        max_task_retries=-1,
+        max_concurrency=10_000,
+        scheduling_strategy=here,
+        enable_task_events=False,
     ).remote(config.out + "/journal", config.limits.max_attempts, attempts)
 
 
@@ -531,6 +536,7 @@ def rollouts(job: Job, journal: Any, leases: Any, agents: int) -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = SLOW_MODEL_S
+    context.memory_usage_poll_interval_s = None  # else a thread for each task under way looks once a second
     context.execution_options.label_selector = job.config.ray.labels or None
     context.checkpoint_config = CheckpointConfig(
         id_column="row_id", checkpoint_path=out + "/journal/checkpoint", delete_checkpoint_on_success=False
