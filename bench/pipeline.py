@@ -5,9 +5,9 @@ each process's memory over time and of its CPU time, and writes JSON.
 
     python -m bench.pipeline --tasks 2000 --out bench/results/pipeline.json
 
-With `--stop-s` the run is stopped so long after its first part; all rows but the last LEFT are then written as copies of one
-that is finished, into results/ and the journal, and the command is repeated to its end. So the start, the resumption
-and the end of a run of any length are measured without waiting for its middle:
+With `--stop-s` the run is stopped so long after its first part; all rows but the last LEFT are then written as copies
+of one that is finished, into results/ and the journal, and the command is repeated to its end. So the start, the
+resumption and the end of a run of any length are measured without waiting for its middle:
 
     python -m bench.pipeline --tasks 1000000 --stop-s 60
 """

@@ -16,7 +16,7 @@ import time
 import traceback
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -54,7 +54,7 @@ from pipeline.tables import RESULTS, RunFacts, result_row, rows_to_table, task_f
 
 log = logging.getLogger("berth")
 
-ROWS_PER_TASK = 16
+ROWS_PER_TASK = (16, 64)
 ROWS_PER_FILE = 256
 CALLS_PER_AGENT = 64
 RETRY_S = 1.0
@@ -188,10 +188,12 @@ class Agents:
                 if begun.wait_s is None:
                     self.rolled.add(row.task.row_id)
                     try:
-                        return await row.run(begun)
+                        recorded = await row.run(begun)
+                        break
                     finally:
                         self.rolled.discard(row.task.row_id)
             await asyncio.sleep(begun.wait_s)
+        return await recorded  # while another row rolls
 
     async def _renew(self) -> None:
         """While this process lives, so do the leases of its rows."""
@@ -238,18 +240,19 @@ class Attempts:
         self.tries += begun.wait_s is None
         return begun
 
-    async def run(self, begun: Begin) -> dict[str, Any] | None:
-        """The row that counts; None where the run is stopping."""
+    async def run(self, begun: Begin) -> Awaitable[dict[str, Any] | None]:
+        """Roll out and score: what is given answers when the row is on storage, with the row that counts; None where
+        the run is stopping."""
         if begun.row is not None or begun.exhausted:  # an agent that died may have left its lease
             self.agents.end(self.task.row_id, begun.attempt)
         if begun.row is not None or begun.stop:
-            return begun.row
+            return _known(begun.row)
         try:
             trajectory = _lost(self.task, begun.attempt) if begun.exhausted else await self._trajectory(begun)
         except (Fenced, _Stopped) as e:
             self.agents.forecaster.drop(self.task.row_id)
             # Fenced: Ray has given the row to another agent, whose answer counts.
-            return None if isinstance(e, Fenced) else (await self.begin()).row
+            return _known(None if isinstance(e, Fenced) else (await self.begin()).row)
         except Exception as e:  # one row's fault must not be the run's: it stands on the row, with its place
             log.exception("row %s", self.task.row_id)
             place = traceback.extract_tb(e.__traceback__)[-1]
@@ -257,9 +260,13 @@ class Attempts:
             trajectory = Trajectory(self.task, (), None, None, "error", error=said, error_type="infra")
         trajectory = replace(trajectory, attempts=max(1, self.attempt), numerics=self.numerics)
         row = await asyncio.get_running_loop().run_in_executor(self.agents.scoring, self._scored, trajectory)
-        counts = await self.agents.record("finish", self.task.row_id, self.attempt, self.replica, row, self.device)
-        self.agents.forecaster.observe(counts or row)
-        return counts or row
+        return self._recorded(row)
+
+    async def _recorded(self, row: dict[str, Any]) -> dict[str, Any]:
+        finish = ("finish", self.task.row_id, self.attempt, self.replica, row, self.device)
+        counts: dict[str, Any] = await self.agents.record(*finish) or row
+        self.agents.forecaster.observe(counts)
+        return counts
 
     async def _trajectory(self, begun: Begin) -> Trajectory:
         from actors.replay import Replayed
@@ -387,6 +394,10 @@ class Attempts:
             rung=self.rung,
             predicted_peak_bytes=self.predicted_bytes,
         )
+
+
+async def _known(row: dict[str, Any] | None) -> dict[str, Any] | None:
+    return row
 
 
 def _plain(error: EngineError) -> Any:
@@ -529,9 +540,10 @@ def plan_agents(prepared: Prepared, forecaster: Forecaster, app: str, served: Se
     return job, agents
 
 
-def rollouts(job: Job, journal: Any, leases: Any, agents: int) -> None:
-    """Run the Ray Data job to its end; blocks."""
+def rollouts(job: Job, journal: Any, leases: Any, agents: int, rows: int) -> None:
+    """Run the Ray Data job of `rows` rows to its end; blocks."""
     out = job.config.out
+    least, most = ROWS_PER_TASK  # a task costs some 20 ms, and each agent should get several
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -543,7 +555,7 @@ def rollouts(job: Job, journal: Any, leases: Any, agents: int) -> None:
     )
     (
         ray.data.read_parquet(out + "/tasks")
-        .repartition(target_num_rows_per_block=ROWS_PER_TASK)
+        .repartition(target_num_rows_per_block=max(least, min(most, rows // (4 * agents))))
         .map_batches(
             Agents,
             fn_constructor_args=(job, journal, leases),

@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import groupby, starmap
 from operator import itemgetter
 from pathlib import Path
@@ -286,7 +287,9 @@ def roll_out(prepared: Prepared, learned: Forecaster, info: dict[str, Any], scre
             write_json(info, f"{config.out}/run.json")
             job, agents = rollout.plan_agents(prepared, learned, app, served)
             share = pools.sharing(app, served.pools, leases, lambda said: screen.line("pools", said))
-            _roll(lambda: rollout.rollouts(job, journal, leases, agents), journal, share, len(done), prepared, screen)
+            left = len(prepared.rows.tasks) - len(done)
+            work = partial(rollout.rollouts, job, journal, leases, agents, left)
+            _roll(work, journal, share, len(done), prepared, screen)
             write_attempts(
                 config.out, ray.get(journal.records.remote()), capacity.kv_bytes_token * capacity.page_tokens
             )
