@@ -268,7 +268,7 @@ def start(name: str, pools: Mapping[str, int | None], **options: float) -> Any:
     """Start the actor under a name that replicas find it by, beside this process, with which it ends; until then it
     restarts as often as it dies, and requests wait for it."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    endless = {"max_restarts": -1, "max_task_retries": -1, "max_concurrency": 100_000}
+    endless = {"max_restarts": -1, "max_task_retries": -1, "max_concurrency": 100_000, "enable_task_events": False}
     actor: Any = ray.remote(Ledger)
     return actor.options(name=name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here, **endless).remote(
         pools, **options

@@ -10,7 +10,7 @@ import gc
 import logging
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -20,7 +20,7 @@ from ray import serve
 from actors.engine import build
 from actors.engine.loader import load_tokenizer, resolve, stop_token_ids
 from actors.engine.protocol import Capacity, Engine, EngineSpec, Request
-from actors.errors import NotHome
+from actors.errors import BerthError, EngineDead, NotHome
 from actors.gang import start_ranks, watch
 from actors.ledger import Reporter
 from actors.messages import Call, Generation, Numerics, Reply
@@ -86,6 +86,27 @@ class Replica:
             generation = await speak(self.engine, request, call.turn, self.tokenizer, self.answers.wait)
         self.reporter.answered(call, generation.usage)
         return Reply(generation, self.id, self.engine.numerics, self.reporter.device)
+
+    async def generate_many(self, calls: Sequence[Call]) -> AsyncIterator[list[tuple[int, Reply | BerthError]]]:
+        """Continue several trajectories: answers as they come, each with its place among the calls. What `generate`
+        would raise is an answer too."""
+        running = {asyncio.create_task(self._answer(call)): place for place, call in enumerate(calls)}
+        try:
+            while running:
+                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                yield [(running.pop(task), task.result()) for task in done]
+        finally:
+            for task in running:  # the caller is gone
+                task.cancel()
+
+    async def _answer(self, call: Call) -> Reply | BerthError:
+        try:
+            return await self.generate(call)
+        except BerthError as e:
+            return e
+        except Exception as e:  # one call's fault must not be its neighbours'
+            log.exception("a call of %s", call.row_id)
+            return EngineDead(f"{type(e).__name__}: {e}")
 
     async def end(self, row_ids: Sequence[str]) -> None:
         """Free what the engine keeps for these trajectories."""

@@ -174,6 +174,7 @@ def _deployment(config: RunConfig, pool: Sized, threads: int, several: bool) -> 
         max_ongoing_requests=100_000,
         health_check_period_s=2,
         graceful_shutdown_timeout_s=DRAIN_S if several else 5,
+        logging_config={"enable_access_log": False},  # a line a call
         ray_actor_options={
             "num_cpus": 1 if pool.gpus else 0,
             "num_gpus": pool.gpus,

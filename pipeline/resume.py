@@ -21,7 +21,7 @@ from pipeline.journal import RECORD_FILE, Journal
 from pipeline.tables import ATTEMPTS, RESULTS, filesystem, read_table, table_files, write_table
 
 
-def reconcile(out: str, tell: Callable[[str], None]) -> set[str]:
+def reconcile(out: str, tell: Callable[[str], None]) -> pa.Array:
     """Put results/ in order; the ids of the rows that are done. Changes nothing where all is well.
 
     A part that cannot be read goes to journal/damaged/, and its rows are done again: from the journal, where they
@@ -31,22 +31,26 @@ def reconcile(out: str, tell: Callable[[str], None]) -> set[str]:
         RunConflict: a readable part is not of a run; it stays where it is.
     """
     fs, folder = filesystem(f"{out}/results")
-    done: set[str] = set()
+    parts: dict[str, pa.ChunkedArray] = {}
     for path in table_files(fs, folder):
         try:
             with pq.ParquetFile(path, filesystem=fs) as part:
                 if "row_id" not in part.schema_arrow.names:
                     raise RunConflict("not a table of results: it has no row_id", file=path, wants="another folder")
-                ids = part.read(columns=["row_id"])["row_id"].to_pylist()
+                parts[path] = part.read(columns=["row_id"])["row_id"]
         except (pa.ArrowInvalid, OSError) as e:
             if isinstance(e, OSError) and not isinstance(e, pa.ArrowException):
                 raise
             _set_aside(fs, path, f"{out}/journal/damaged")
             tell(f"{posixpath.basename(path)} cannot be read and was moved to journal/damaged/: {e}")
-            continue
-        if twice := done.intersection(ids):
-            _drop_rows(fs, path, twice)
-        done.update(ids)
+    rows = pa.chunked_array([chunk for ids in parts.values() for chunk in ids.chunks], pa.string())
+    done = rows.unique()
+    if len(done) < len(rows):
+        seen: set[str] = set()
+        for path, ids in parts.items():
+            if twice := seen.intersection(ids.to_pylist()):
+                _drop_rows(fs, path, twice)
+            seen.update(ids.to_pylist())
     return done
 
 
@@ -72,21 +76,21 @@ def reopen(out: str, row_ids: Collection[str]) -> None:
             _drop_rows(fs, path, again)
 
 
-def attempts_so_far(out: str, done: Collection[str]) -> dict[str, int]:
+def attempts_so_far(out: str, done: pa.Array) -> dict[str, int]:
     """The last attempt of each row that is not done, by the table attempts/."""
-    table = read_table(f"{out}/attempts", ATTEMPTS, ["row_id", "attempt"])
+    table = read_table(f"{out}/attempts", ATTEMPTS, ["row_id", "attempt"], where=~ds.field("row_id").isin(done))
     last = table.group_by("row_id").aggregate([("attempt", "max")]).to_pylist()
-    return {row["row_id"]: row["attempt_max"] for row in last if row["row_id"] not in done}
+    return {row["row_id"]: row["attempt_max"] for row in last}
 
 
-def write_checkpoint(out: str, row_ids: Collection[str]) -> None:
+def write_checkpoint(out: str, row_ids: pa.Array) -> None:
     """Ray Data's checkpoint: the ids it is to leave out. The new one is written before old ones are removed."""
     fs, folder = filesystem(f"{out}/journal/checkpoint")
     old = table_files(fs, folder)
     fs.create_dir(folder, recursive=True)
-    if row_ids:
+    if len(row_ids):
         new = f"{folder}/results.parquet"
-        write_table(pa.table({"row_id": pa.array(sorted(row_ids), pa.string())}), new, fs)
+        write_table(pa.table({"row_id": row_ids.sort()}), new, fs)
         old = [path for path in old if path != new]
     for path in old:
         fs.delete_file(path)

@@ -16,7 +16,7 @@ import time
 import traceback
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors import ledger
 from actors.agent import Limits, Rollout
 from actors.engine.protocol import Capacity
-from actors.errors import EngineDead, EngineError, Fenced, Incomplete, InputError, NotHome, OutOfMemory
+from actors.errors import BerthError, EngineDead, EngineError, Fenced, Incomplete, InputError, NotHome, OutOfMemory
 from actors.ladder import GiveUp, Hardware, Shortage, Standing, next_rung
 from actors.messages import Call, DeviceBytes, Forecast, Generation, Numerics, Reply, Sampling, Trajectory
 from actors.placement import own_pages
@@ -54,18 +54,21 @@ from pipeline.tables import RESULTS, RunFacts, result_row, rows_to_table, task_f
 
 log = logging.getLogger("berth")
 
-ROWS_PER_TASK = 16
+ROWS_PER_TASK = (16, 64)
 ROWS_PER_FILE = 256
 CALLS_PER_AGENT = 64
 RETRY_S = 1.0
 MOST_RETRY_S = 16.0
 BATCH_S = 0.005
+CALLS_AT_ONCE = 8
 WORKER_ENV = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # or agents, which have no GPU, would see all of them
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # the manifest has few files; 32 processes cost a minute to start
 }
 KEEPER_S = 5.0
 SLOW_MODEL_S = 24 * 3600
+
+Answers = AsyncIterator[Iterable[tuple[int, Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,7 @@ class Agents:
         self.handles = {pool: serve.get_deployment_handle(pool, job.app) for pool in job.pools}
         self.running: asyncio.Semaphore | None = None
         self.rolled: set[str] = set()
+        self.lines: dict[tuple[str, str], Batched] = {}
         self._journal = Batched(self._send_journal, BATCH_S)
         self.lease = Batched(self._send_leases, BATCH_S)
         self._endings = Batched(self._send_endings, 10 * BATCH_S)
@@ -123,22 +127,40 @@ class Agents:
         """Ask the journal; see its methods."""
         return self._journal((name, arguments))
 
-    async def _send_journal(self, requests: Sequence[Any]) -> Sequence[Any]:
-        return await self.journal.do.remote(requests)
+    async def _send_journal(self, requests: Sequence[Any]) -> Answers:
+        yield enumerate(await self.journal.do.remote(requests))
 
-    async def _send_leases(self, requests: Sequence[Any]) -> Sequence[Any]:
-        return await self.ledger.do.remote(requests)
+    async def _send_leases(self, requests: Sequence[Any]) -> Answers:
+        yield enumerate(await self.ledger.do.remote(requests))
+
+    async def generate(self, call: Call, pool: str) -> Reply:
+        """Call the replica `call.home`, in one message with the calls whose leases came together with this one's.
+
+        Raises:
+            BerthError: see `Replica.generate`.
+        """
+        if call.home is None:  # Serve starts replicas by the number of such calls
+            session: Any = self.handles[pool].options(session_id=session_id(None, call.row_id))
+            return await session.generate.remote(call)
+        line = self.lines.get((pool, call.home))
+        if line is None:
+            session: Any = self.handles[pool].options(session_id=session_id(call.home, ""), stream=True)
+            line = self.lines[pool, call.home] = Batched(session.generate_many.remote, 0.0, CALLS_AT_ONCE)
+        answer = await line(call)
+        if isinstance(answer, BerthError):
+            raise answer
+        return answer
 
     def end(self, row_id: str, attempt: int, pool: str | None = None, replica: str = "") -> None:
         """Let the replica free what it keeps for a trajectory, and then the ledger its lease, soon."""
         self._endings((row_id, attempt, pool, replica))
 
-    async def _send_endings(self, requests: Sequence[Any]) -> Sequence[Any]:
+    async def _send_endings(self, requests: Sequence[Any]) -> Answers:
         ended: dict[tuple[str | None, str], list[tuple[str, int]]] = defaultdict(list)
         for row_id, attempt, pool, replica in requests:
             ended[pool, replica].append((row_id, attempt))
         await asyncio.gather(*(self._end_at(pool, replica, rows) for (pool, replica), rows in ended.items()))
-        return requests
+        yield enumerate(requests)
 
     async def _end_at(self, pool: str | None, replica: str, rows: Sequence[tuple[str, int]]) -> None:
         row_ids = [row_id for row_id, _ in rows]
@@ -166,10 +188,12 @@ class Agents:
                 if begun.wait_s is None:
                     self.rolled.add(row.task.row_id)
                     try:
-                        return await row.run(begun)
+                        recorded = await row.run(begun)
+                        break
                     finally:
                         self.rolled.discard(row.task.row_id)
             await asyncio.sleep(begun.wait_s)
+        return await recorded  # while another row rolls
 
     async def _renew(self) -> None:
         """While this process lives, so do the leases of its rows."""
@@ -216,18 +240,19 @@ class Attempts:
         self.tries += begun.wait_s is None
         return begun
 
-    async def run(self, begun: Begin) -> dict[str, Any] | None:
-        """The row that counts; None where the run is stopping."""
+    async def run(self, begun: Begin) -> Awaitable[dict[str, Any] | None]:
+        """Roll out and score: what is given answers when the row is on storage, with the row that counts; None where
+        the run is stopping."""
         if begun.row is not None or begun.exhausted:  # an agent that died may have left its lease
             self.agents.end(self.task.row_id, begun.attempt)
         if begun.row is not None or begun.stop:
-            return begun.row
+            return _known(begun.row)
         try:
             trajectory = _lost(self.task, begun.attempt) if begun.exhausted else await self._trajectory(begun)
         except (Fenced, _Stopped) as e:
             self.agents.forecaster.drop(self.task.row_id)
             # Fenced: Ray has given the row to another agent, whose answer counts.
-            return None if isinstance(e, Fenced) else (await self.begin()).row
+            return _known(None if isinstance(e, Fenced) else (await self.begin()).row)
         except Exception as e:  # one row's fault must not be the run's: it stands on the row, with its place
             log.exception("row %s", self.task.row_id)
             place = traceback.extract_tb(e.__traceback__)[-1]
@@ -235,9 +260,13 @@ class Attempts:
             trajectory = Trajectory(self.task, (), None, None, "error", error=said, error_type="infra")
         trajectory = replace(trajectory, attempts=max(1, self.attempt), numerics=self.numerics)
         row = await asyncio.get_running_loop().run_in_executor(self.agents.scoring, self._scored, trajectory)
-        counts = await self.agents.record("finish", self.task.row_id, self.attempt, self.replica, row, self.device)
-        self.agents.forecaster.observe(counts or row)
-        return counts or row
+        return self._recorded(row)
+
+    async def _recorded(self, row: dict[str, Any]) -> dict[str, Any]:
+        finish = ("finish", self.task.row_id, self.attempt, self.replica, row, self.device)
+        counts: dict[str, Any] = await self.agents.record(*finish) or row
+        self.agents.forecaster.observe(counts)
+        return counts
 
     async def _trajectory(self, begun: Begin) -> Trajectory:
         from actors.replay import Replayed
@@ -281,10 +310,9 @@ class Attempts:
             self.home = None
             lease = await self.lease.acquire(self.attempt, self.forecast, len(call.token_ids), self.wanted)
             self.home, self.pool = lease.replica, lease.pool
-            session = self.agents.handles[lease.pool].options(session_id=session_id(self.home, call.row_id))
             try:
                 self.agents.forecaster.begin(self.task.row_id)
-                reply = await session.generate.remote(replace(call, home=self.home))
+                reply = await self.agents.generate(replace(call, home=self.home), self.pool)
             except NotHome:
                 self.lease.failed(self.home)
                 await asyncio.sleep(wait_s)
@@ -366,6 +394,10 @@ class Attempts:
             rung=self.rung,
             predicted_peak_bytes=self.predicted_bytes,
         )
+
+
+async def _known(row: dict[str, Any] | None) -> dict[str, Any] | None:
+    return row
 
 
 def _plain(error: EngineError) -> Any:
@@ -480,7 +512,12 @@ def start_journal(config: RunConfig, attempts: Mapping[str, int]) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft="://" in config.out)
     actor: Any = ray.remote(Journal)
     return actor.options(
-        num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=10_000, scheduling_strategy=here
+        num_cpus=0,
+        max_restarts=-1,
+        max_task_retries=-1,
+        max_concurrency=10_000,
+        scheduling_strategy=here,
+        enable_task_events=False,
     ).remote(config.out + "/journal", config.limits.max_attempts, attempts)
 
 
@@ -503,20 +540,22 @@ def plan_agents(prepared: Prepared, forecaster: Forecaster, app: str, served: Se
     return job, agents
 
 
-def rollouts(job: Job, journal: Any, leases: Any, agents: int) -> None:
-    """Run the Ray Data job to its end; blocks."""
+def rollouts(job: Job, journal: Any, leases: Any, agents: int, rows: int) -> None:
+    """Run the Ray Data job of `rows` rows to its end; blocks."""
     out = job.config.out
+    least, most = ROWS_PER_TASK  # a task costs some 20 ms, and each agent should get several
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = SLOW_MODEL_S
+    context.memory_usage_poll_interval_s = None  # else a thread for each task under way looks once a second
     context.execution_options.label_selector = job.config.ray.labels or None
     context.checkpoint_config = CheckpointConfig(
         id_column="row_id", checkpoint_path=out + "/journal/checkpoint", delete_checkpoint_on_success=False
     )
     (
         ray.data.read_parquet(out + "/tasks")
-        .repartition(target_num_rows_per_block=ROWS_PER_TASK)
+        .repartition(target_num_rows_per_block=max(least, min(most, rows // (4 * agents))))
         .map_batches(
             Agents,
             fn_constructor_args=(job, journal, leases),

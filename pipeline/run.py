@@ -19,12 +19,14 @@ from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import groupby, starmap
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 from pyarrow.fs import FileSelector, FileType
 
 from actors.errors import Incomplete, InputError, RunConflict
@@ -125,20 +127,21 @@ def check_folder(out: str, suite: Path) -> None:
         )
 
 
-def missing(prepared: Prepared, done: Collection[str]) -> int:
+def missing(prepared: Prepared, done: pa.Array) -> int:
     """Number of the run's rows that are not done.
 
     Raises:
         RunConflict: rows are done that are not the run's.
     """
-    mine = set(prepared.rows.tasks.table["row_id"].to_pylist())
-    if foreign := set(done) - mine:
+    mine, done = prepared.rows.tasks.table["row_id"].combine_chunks(), done.unique()
+    foreign = pa.table({"row_id": done}).filter(~ds.field("row_id").isin(mine))["row_id"].to_pylist()
+    if foreign:
         raise RunConflict(
             f"{len(foreign):,} rows are not of this run, as {min(map(str, foreign))!r}",
             file=f"{prepared.config.out}/results",
             wants="another folder with --out",
         )
-    return len(mine) - len(set(done))
+    return len(mine) - len(done)
 
 
 def open_folder(prepared: Prepared) -> dict[str, Any]:
@@ -286,7 +289,9 @@ def roll_out(prepared: Prepared, learned: Forecaster, info: dict[str, Any], scre
             write_json(info, f"{config.out}/run.json")
             job, agents = rollout.plan_agents(prepared, learned, app, served)
             share = pools.sharing(app, served.pools, leases, lambda said: screen.line("pools", said))
-            _roll(lambda: rollout.rollouts(job, journal, leases, agents), journal, share, len(done), prepared, screen)
+            left = len(prepared.rows.tasks) - len(done)
+            work = partial(rollout.rollouts, job, journal, leases, agents, left)
+            _roll(work, journal, share, len(done), prepared, screen)
             write_attempts(
                 config.out, ray.get(journal.records.remote()), capacity.kv_bytes_token * capacity.page_tokens
             )
@@ -398,7 +403,7 @@ def _attempt_row(records: list[dict[str, Any]], page_bytes: int) -> dict[str, An
 def finish(prepared: Prepared, info: dict[str, Any]) -> dict[str, Any]:
     """See that no row is missing, write run.json, summary.json and report.html, clear the journal."""
     out, total = prepared.config.out, len(prepared.rows.tasks)
-    if left := missing(prepared, read_table(f"{out}/results", RESULTS, ["row_id"])["row_id"].to_pylist()):
+    if left := missing(prepared, read_table(f"{out}/results", RESULTS, ["row_id"])["row_id"]):
         raise Incomplete(f"{total - left:,} of {total:,} rows are done; repeat the command to resume")
     finished = info | {"finished_at": now()}
     write_json(finished | {"finished_at": None}, f"{out}/run.json")

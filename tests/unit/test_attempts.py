@@ -41,16 +41,21 @@ class Handle:
 
     def __init__(self, engine: ScriptedEngine):
         self.engine, self.calls, self.ended, self.refuse = engine, [], [], Counter()
-        self.generate, self.end = SimpleNamespace(remote=self._generate), SimpleNamespace(remote=self._end)
+        self.generate_many = SimpleNamespace(remote=self._generate_many)
+        self.end = SimpleNamespace(remote=self._end)
 
-    def options(self, session_id):
+    def options(self, session_id, stream=False):
         return self
+
+    async def _generate_many(self, calls):
+        for place, call in enumerate(calls):
+            yield [(place, await self._generate(call))]
 
     async def _generate(self, call):
         self.calls.append(call)
         if self.refuse[call.home]:
             self.refuse[call.home] -= 1
-            raise NotHome
+            return NotHome()
         matcher = TurnMatcher(call.turn, self.engine.tokenizer)
         request = Request(call.token_ids, call.row_id, call.turn.max_tokens, call.sampling, matcher=matcher)
         return Reply(await asyncio.wrap_future(self.engine.submit(request)), call.home, self.engine.numerics)
@@ -70,7 +75,8 @@ class Local(rollout.Agents):
         self.ledger = SimpleNamespace(
             **{name: SimpleNamespace(remote=getattr(self.books, name)) for name in ("do", "acquire")}
         )
-        self._journal = Batched(Journal(str(folder)).do, 0.001)
+        self.journal = SimpleNamespace(do=SimpleNamespace(remote=Journal(str(folder)).do))
+        self._journal, self.lines = Batched(self._send_journal, 0.001), {}
         self.lease, self._endings = Batched(self._send_leases, 0.001), Batched(self._send_endings, 0.001)
 
     async def run(self, *reports):

@@ -89,7 +89,7 @@ def test_attempts_tell_what_became_of_each(tmp_path):
 def test_only_what_is_missing_is_rolled_out(tmp_path, monkeypatch):
     prepared, rolled = run_of_three(tmp_path), []
     monkeypatch.setattr(module, "open_folder", lambda prepared: {"identity": {}, "config": {}, "suite": {}})
-    monkeypatch.setattr(module, "reconcile", lambda *_: {"a/0", "b/0"})
+    monkeypatch.setattr(module, "reconcile", lambda *_: pa.array(["a/0", "b/0"]))
     monkeypatch.setattr(module, "forecaster", lambda _: None)
     monkeypatch.setattr(module, "write_manifest", lambda *_: None)
     monkeypatch.setattr(module, "roll_out", lambda *_: rolled.append(1))
@@ -115,7 +115,7 @@ def test_a_damaged_part_does_not_keep_failed_rows_from_being_done_again(tmp_path
 def test_all_rows_without_a_summary_only_need_the_report(tmp_path, monkeypatch):
     prepared = run_of_three(tmp_path)
     monkeypatch.setattr(module, "open_folder", lambda prepared: {"identity": {}, "config": {}, "suite": {}})
-    monkeypatch.setattr(module, "reconcile", lambda *_: {"a/0", "b/0", "c/0"})
+    monkeypatch.setattr(module, "reconcile", lambda *_: pa.array(["a/0", "b/0", "c/0"]))
     results = pa.table({"row_id": ["a/0", "b/0", "c/0"]})
     monkeypatch.setattr(module, "read_table", lambda *_: results)
     monkeypatch.setattr(module, "write_report", lambda out: {"rows": pa.scalar(3).as_py()})
@@ -153,7 +153,7 @@ def test_a_summary_that_is_lost_or_damaged_is_written_again(tmp_path, monkeypatc
 
 def test_rows_of_another_run_are_not_taken_for_ones_own(tmp_path):
     with pytest.raises(RunConflict, match="1 rows are not of this run, as 'x/0'"):
-        module.missing(run_of_three(tmp_path), {"a/0", "b/0", "x/0"})
+        module.missing(run_of_three(tmp_path), pa.array(["a/0", "b/0", "x/0"]))
 
 
 def test_a_private_folder_beside_the_run_does_not_stop_it(tmp_path, monkeypatch, caplog):
