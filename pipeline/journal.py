@@ -131,24 +131,12 @@ class Journal:
         self._flusher: asyncio.Task[None] | None = None
         for row_id, count in (attempts or {}).items():
             self.rows[row_id].attempts = count
-        for record, place in self._read_all():
+        for record, place in _read_all(self.fs, self.folder):
             self._apply(record, place)
             if place[0] not in self.objects:
                 self.objects.append(place[0])
         self.progress.running = 0
         self.progress.resumed = self.progress.finished
-
-    def _read_all(self):
-        infos = self.fs.get_file_info(fs.FileSelector(self.folder, allow_not_found=True))
-        for info in sorted(infos, key=lambda info: info.base_name):
-            if info.type != fs.FileType.File or not info.base_name.endswith(".jsonl"):
-                continue
-            with self.fs.open_input_stream(info.path) as stream:
-                content = stream.read()
-            offset = 0
-            for line in content.splitlines(keepends=True):
-                yield json.loads(line), (info.path, offset, len(line))
-                offset += len(line)
 
     def _apply(self, record: dict[str, Any], place: tuple[str, int, int] | None) -> None:
         row = self.rows[record["row_id"]]
@@ -373,18 +361,39 @@ class Journal:
         write_whole(self.fs, name, bytes(content))
         return starts
 
-    def records(self) -> pa.Table:
-        """All records of attempts as RECORDS, in the order of writing; a merge may have left some twice."""
+    async def settled(self) -> None:
+        """Return when all that was recorded is on storage, and no objects are being put together."""
+        while self._flusher is not None and not self._flusher.done():
+            await asyncio.shield(self._flusher)
 
-        def told() -> Iterator[dict[str, Any]]:
-            for record, _ in self._read_all():
-                if (row := record.pop("row", None)) is not None:
-                    record |= {"gpu_s": row.get("gpu_s"), "kv_bytes": row.get("observed_peak_bytes")}
-                if record["kind"] in ("begin", "fail", "finish"):
-                    yield record
 
-        packs = (pa.Table.from_pylist(pack, schema=RECORDS) for pack in packed(told()))
-        return pa.concat_tables([RECORDS.empty_table(), *packs])
+def records(folder: str) -> pa.Table:
+    """All records of attempts in the folder of a journal that has settled, as RECORDS, in the order of writing; a merge
+    may have left some twice."""
+
+    def told() -> Iterator[dict[str, Any]]:
+        for record, _ in _read_all(*filesystem(folder)):
+            if (row := record.pop("row", None)) is not None:
+                record |= {"gpu_s": row.get("gpu_s"), "kv_bytes": row.get("observed_peak_bytes")}
+            if record["kind"] in ("begin", "fail", "finish"):
+                yield record
+
+    packs = (pa.Table.from_pylist(pack, schema=RECORDS) for pack in packed(told()))
+    return pa.concat_tables([RECORDS.empty_table(), *packs])
+
+
+def _read_all(store: fs.FileSystem, folder: str) -> Iterator[tuple[dict[str, Any], tuple[str, int, int]]]:
+    """Every record, and in which object it stands, from where, how long."""
+    infos = store.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+    for info in sorted(infos, key=lambda info: info.base_name):
+        if info.type != fs.FileType.File or not info.base_name.endswith(".jsonl"):
+            continue
+        with store.open_input_stream(info.path) as stream:
+            content = stream.read()
+        offset = 0
+        for line in content.splitlines(keepends=True):
+            yield json.loads(line), (info.path, offset, len(line))
+            offset += len(line)
 
 
 def _device(found: DeviceBytes | None) -> dict[str, int]:

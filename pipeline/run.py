@@ -16,11 +16,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Collection, Generator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import groupby, starmap
+from multiprocessing import get_context
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from pipeline import __version__
 from pipeline.config import RunConfig, dump
 from pipeline.console import Screen, duration, eta
 from pipeline.footprint import Forecaster, order
-from pipeline.journal import Progress
+from pipeline.journal import Progress, records
 from pipeline.lock import locked
 from pipeline.preflight import Prepared, identity, limits_of
 from pipeline.report import write_report
@@ -59,6 +61,8 @@ from pipeline.tasks import packed
 log = logging.getLogger("berth")
 
 MANIFEST_ROWS = 4096
+MANY_ROWS = 50_000
+"""From here on reading the tables back takes more memory than a process costs time to start."""
 WRITTEN = ("journal", "results", "tasks", "attempts", "rejects", "summary.json", "report.html")
 """What a run writes into its folder, after run.json."""
 BY_ATTEMPT = [("row_id", "ascending"), ("attempt", "ascending")]
@@ -292,9 +296,9 @@ def roll_out(prepared: Prepared, learned: Forecaster, info: dict[str, Any], scre
             left = len(prepared.rows.tasks) - len(done)
             work = partial(rollout.rollouts, job, journal, leases, agents, left)
             _roll(work, journal, share, len(done), prepared, screen)
-            write_attempts(
-                config.out, ray.get(journal.records.remote()), capacity.kv_bytes_token * capacity.page_tokens
-            )
+            ray.get(journal.settled.remote())
+            page_bytes = capacity.kv_bytes_token * capacity.page_tokens
+            apart(len(prepared.rows.tasks), tell_attempts, config.out, page_bytes)
         finally:
             if keeper is not None:
                 ray.kill(keeper)
@@ -359,11 +363,24 @@ def budget(config: RunConfig, gpus: Callable[[], int]) -> Callable[[], bool]:
     return reached
 
 
+def apart(rows: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` gives; where a run has many rows, from a process of its own, whose memory is then free again."""
+    if rows < MANY_ROWS:
+        return work(*arguments)
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(work, *arguments).result()
+
+
+def tell_attempts(out: str, page_bytes: int) -> None:
+    """attempts/ from the journal, which must have settled."""
+    write_attempts(out, records(f"{out}/journal"), page_bytes)
+
+
 def write_attempts(out: str, records: pa.Table, page_bytes: int = 0) -> None:
-    """attempts/ from the journal, beside what is there: one row for each attempt that began.
+    """attempts/ from the journal's records, beside what is there: one row for each attempt that began.
 
     Args:
-        records: see `Journal.records`.
+        records: see `journal.records`.
         page_bytes: KV bytes a page; 0 for an engine without pages.
     """
     told = (row for batch in records.sort_by(BY_ATTEMPT).to_batches(MANIFEST_ROWS) for row in batch.to_pylist())
@@ -407,7 +424,7 @@ def finish(prepared: Prepared, info: dict[str, Any]) -> dict[str, Any]:
         raise Incomplete(f"{total - left:,} of {total:,} rows are done; repeat the command to resume")
     finished = info | {"finished_at": now()}
     write_json(finished | {"finished_at": None}, f"{out}/run.json")
-    summary = write_report(out)
+    summary = apart(total, write_report, out)
     write_json(finished, f"{out}/run.json")
     clear_journal(out)
     return summary

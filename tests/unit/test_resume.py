@@ -8,7 +8,7 @@ import pytest
 from actors.errors import RunConflict
 from pipeline.journal import RECORDS, Journal
 from pipeline.resume import attempts_so_far, clear_journal, failed_rows, reconcile, reopen, write_checkpoint
-from pipeline.run import write_attempts
+from pipeline.run import tell_attempts, write_attempts
 
 NONE = pa.array([], pa.string())
 ROW = {
@@ -120,7 +120,8 @@ def test_reopened_rows_leave_the_table_and_the_journal(tmp_path):
         journal = Journal(out + "/journal")
         await journal.begin("b/0", "p", "r")
         await journal.finish("b/0", 1, "r", ROW)
-        write_attempts(out, journal.records())
+        await journal.settled()
+        tell_attempts(out, 0)
 
     asyncio.run(earlier())
     reopen(out, ["b/0", "c/0"])

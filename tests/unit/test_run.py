@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -182,6 +183,13 @@ def test_attempts_tell_what_was_predicted_and_what_was_used(tmp_path):
     [row] = read_table(tmp_path / "attempts", ATTEMPTS).to_pylist()
     assert (row["allocated_bytes"], row["reserved_bytes"], row["nvml_used_bytes"]) == (7, 8, 9)
     assert (row["predicted_bytes"], row["kv_pages"], row["gpu_s"]) == (4096, 3, 0.5)
+
+
+def test_many_rows_are_read_back_in_a_process_of_its_own(tmp_path):
+    assert module.apart(module.MANY_ROWS - 1, os.getpid) == os.getpid()
+    assert module.apart(module.MANY_ROWS, os.getpid) != os.getpid()
+    with pytest.raises(InputError, match=r"no run\.json"):
+        module.apart(module.MANY_ROWS, run_info, str(tmp_path))
 
 
 def test_attempts_of_earlier_runs_stay(tmp_path):
