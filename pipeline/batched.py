@@ -7,6 +7,8 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
+from actors.errors import EngineDead
+
 
 class Batched:
     """Collects requests for a moment and sends them together; each caller gets its own answer.
@@ -51,8 +53,12 @@ class Batched:
                 for place, answer in answers:
                     if not (future := unanswered.pop(place)).done():
                         future.set_result(answer)
-        except Exception as e:
+            if unanswered:
+                raise EngineDead(f"{len(unanswered)} of {len(batch)} requests got no answer")
+        except BaseException as e:
             for future in unanswered.values():
                 if not future.done():
-                    future.set_exception(e)
+                    future.set_exception(e if isinstance(e, Exception) else EngineDead("the request was given up"))
                     future.exception()  # marked as seen: not every caller waits
+            if not isinstance(e, Exception):
+                raise

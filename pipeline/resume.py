@@ -37,7 +37,7 @@ def reconcile(out: str, tell: Callable[[str], None]) -> pa.Array:
             with pq.ParquetFile(path, filesystem=fs) as part:
                 if "row_id" not in part.schema_arrow.names:
                     raise RunConflict("not a table of results: it has no row_id", file=path, wants="another folder")
-                parts[path] = part.read(columns=["row_id"])["row_id"]
+                parts[path] = part.read(columns=["row_id"])["row_id"].cast(pa.string())
         except (pa.ArrowInvalid, OSError) as e:
             if isinstance(e, OSError) and not isinstance(e, pa.ArrowException):
                 raise

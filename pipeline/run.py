@@ -22,7 +22,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import groupby, starmap
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -290,6 +290,7 @@ def roll_out(prepared: Prepared, learned: Forecaster, info: dict[str, Any], scre
             )
             info["numerics"] = {name: getattr(numerics, name) for name in numerics.__slots__}
             info["gpus"] = rollout.cluster_gpus()
+            info["kv_page_bytes"] = capacity.kv_bytes_token * capacity.page_tokens
             write_json(info, f"{config.out}/run.json")
             job, agents = rollout.plan_agents(prepared, learned, app, served)
             share = pools.sharing(app, served.pools, leases, lambda said: screen.line("pools", said))
@@ -297,8 +298,6 @@ def roll_out(prepared: Prepared, learned: Forecaster, info: dict[str, Any], scre
             work = partial(rollout.rollouts, job, journal, leases, agents, left)
             _roll(work, journal, share, len(done), prepared, screen)
             ray.get(journal.settled.remote())
-            page_bytes = capacity.kv_bytes_token * capacity.page_tokens
-            apart(len(prepared.rows.tasks), tell_attempts, config.out, page_bytes)
         finally:
             if keeper is not None:
                 ray.kill(keeper)
@@ -367,8 +366,20 @@ def apart(rows: int, work: Callable[..., Any], *arguments: Any) -> Any:
     """What `work` gives; where a run has many rows, from a process of its own, whose memory is then free again."""
     if rows < MANY_ROWS:
         return work(*arguments)
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+    with ProcessPoolExecutor(1, get_context("spawn"), _end_with_parent) as process:
         return process.submit(work, *arguments).result()
+
+
+def _end_with_parent() -> None:
+    """A run that is killed holds its folder no longer: nothing of it may write there."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(3)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
 def tell_attempts(out: str, page_bytes: int) -> None:
@@ -418,8 +429,9 @@ def _attempt_row(records: list[dict[str, Any]], page_bytes: int) -> dict[str, An
 
 
 def finish(prepared: Prepared, info: dict[str, Any]) -> dict[str, Any]:
-    """See that no row is missing, write run.json, summary.json and report.html, clear the journal."""
+    """Write attempts/; see that no row is missing, write run.json, summary.json and report.html, clear the journal."""
     out, total = prepared.config.out, len(prepared.rows.tasks)
+    apart(total, tell_attempts, out, info.get("kv_page_bytes", 0))
     if left := missing(prepared, read_table(f"{out}/results", RESULTS, ["row_id"])["row_id"]):
         raise Incomplete(f"{total - left:,} of {total:,} rows are done; repeat the command to resume")
     finished = info | {"finished_at": now()}

@@ -105,6 +105,7 @@ class KVCache:
         source: dict[int, int] = {}  # of what is copied on
         for src, dst in copies:
             source[dst] = source.get(src, src)
-        from_N, to_N = (torch.tensor(list(pages), device=self.device) for pages in (source.values(), source))
+        pages_2N = torch.tensor([[*source.values()], [*source]], pin_memory=self.device.type == "cuda")
+        from_N, to_N = pages_2N.to(self.device, non_blocking=True)  # a step may be under way
         for cache in (*self.k, *self.v):
             cache.index_copy_(0, to_N, cache.index_select(0, from_N))

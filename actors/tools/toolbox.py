@@ -17,7 +17,6 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Any
 
 from actors.errors import ToolCrash, ToolError, ToolTimeout
@@ -65,7 +64,7 @@ class ToolThreads:
     """Runs synchronous calls in daemon threads, at most `workers` at once in one event loop.
 
     A call that passes its limit is abandoned: Python cannot stop a thread, so its slot goes to the next call and
-    the thread is only counted, until its call ends by itself. Threads whose calls have ended take the next ones.
+    the thread is only counted, until it ends by itself.
 
     Args:
         workers: calls that run at once; further ones wait, and their limit starts when they run.
@@ -75,7 +74,6 @@ class ToolThreads:
     def __init__(self, workers: int = 32, max_abandoned: int = 64):
         self._slots = asyncio.Semaphore(workers)
         self._max_abandoned = max_abandoned
-        self._idle: list[SimpleQueue[Callable[[], None]]] = []
         self.abandoned = 0
 
     async def run(self, call: Callable[[], Any], timeout_s: float) -> _Outcome:
@@ -84,7 +82,6 @@ class ToolThreads:
         future: asyncio.Future[_Outcome] = loop.create_future()
 
         def settle(outcome: _Outcome) -> None:
-            self._idle.append(jobs)
             if future.done():
                 self.abandoned -= 1
             else:
@@ -106,8 +103,10 @@ class ToolThreads:
                     f"{self.abandoned} tool threads hang past their time limit; no further synchronous tool is run "
                     "until one of them ends"
                 )
-            jobs = self._idle.pop() if self._idle else _thread()
-            jobs.put(work)
+            try:
+                threading.Thread(target=work, name="berth-tool", daemon=True).start()
+            except RuntimeError as e:  # the process may start no more threads
+                raise ToolCrash(str(e)) from e
             try:
                 return await asyncio.wait_for(future, timeout_s)
             except TimeoutError as e:
@@ -115,21 +114,6 @@ class ToolThreads:
             finally:
                 if future.cancelled():  # by the time limit, or because the trajectory was cancelled
                     self.abandoned += 1
-
-
-def _thread() -> SimpleQueue[Callable[[], None]]:
-    """A new thread, as the queue of what it is to do."""
-    jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
-
-    def work() -> None:
-        while True:
-            jobs.get()()
-
-    try:
-        threading.Thread(target=work, name="berth-tool", daemon=True).start()
-    except RuntimeError as e:  # the process may start no more threads
-        raise ToolCrash(str(e)) from e
-    return jobs
 
 
 class Toolbox:

@@ -2,6 +2,7 @@ import asyncio
 
 import pytest
 
+from actors.errors import EngineDead
 from pipeline.batched import Batched
 
 
@@ -71,3 +72,14 @@ async def test_batches_are_of_bounded_size_and_in_order():
     batched = Batched(send, 0.01, most=2)
     assert await asyncio.gather(*(batched(n) for n in range(5))) == [0, 1, 2, 3, 4]
     assert sent == [[0, 1], [2, 3], [4]]
+
+
+async def test_a_request_that_gets_no_answer_is_told():
+    async def half(requests):
+        yield [(0, requests[0])]
+
+    ask = Batched(half, 0.0)
+    first, second = ask("a"), ask("b")
+    assert await first == "a"
+    with pytest.raises(EngineDead, match="1 of 2 requests got no answer"):
+        await second

@@ -1,8 +1,12 @@
 import json
 import os
+import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pyarrow as pa
 import pytest
 
@@ -14,6 +18,8 @@ from pipeline.journal import RECORDS
 from pipeline.run import budget, difference, error_types, run_info, write_attempts
 from pipeline.tables import ATTEMPTS, read_table
 from pipeline.tasks import Tasks
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def config(**changes):
@@ -119,9 +125,12 @@ def test_all_rows_without_a_summary_only_need_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "reconcile", lambda *_: pa.array(["a/0", "b/0", "c/0"]))
     results = pa.table({"row_id": ["a/0", "b/0", "c/0"]})
     monkeypatch.setattr(module, "read_table", lambda *_: results)
+    told = []
+    monkeypatch.setattr(module, "tell_attempts", lambda *arguments: told.append(arguments))
     monkeypatch.setattr(module, "write_report", lambda out: {"rows": pa.scalar(3).as_py()})
     monkeypatch.setattr(module, "roll_out", lambda *_: pytest.fail("nothing is left to roll out"))
     assert module.execute(prepared, SimpleNamespace(line=lambda *_: None)) == {"rows": 3}
+    assert told == [(prepared.config.out, 0)]
     assert run_info(prepared.config.out)["finished_at"]
 
 
@@ -190,6 +199,32 @@ def test_many_rows_are_read_back_in_a_process_of_its_own(tmp_path):
     assert module.apart(module.MANY_ROWS, os.getpid) != os.getpid()
     with pytest.raises(InputError, match=r"no run\.json"):
         module.apart(module.MANY_ROWS, run_info, str(tmp_path))
+
+
+PARENT = """
+import time
+from pipeline import run
+if __name__ == "__main__":
+    run.apart(run.MANY_ROWS, time.sleep, 600)
+"""
+
+
+def test_the_process_of_its_own_ends_with_a_run_that_is_killed(tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    parent = psutil.Popen([sys.executable, str(tmp_path / "parent.py")], env=env)
+    try:
+        children: list[psutil.Process] = []
+        while len(children) < 2 and parent.is_running():  # the resource tracker, and the one that works
+            children = parent.children(recursive=True)
+            time.sleep(0.1)
+        time.sleep(3)
+        parent.kill()
+        parent.wait()
+        assert psutil.wait_procs(children, timeout=10)[1] == []
+    finally:
+        if parent.is_running():
+            parent.kill()
 
 
 def test_attempts_of_earlier_runs_stay(tmp_path):
