@@ -690,18 +690,18 @@ def main() -> None:
                 line["seconds"] = time.monotonic() - started
                 lines.append(line)
                 print(f"{'holds' if line['holds'] else 'FAILS':6} {name}: {line['problems'] or 'ok'}", flush=True)
+                write_json(
+                    args.out,
+                    "faults",
+                    device=device_info("cpu"),
+                    workload={"rows": args.rows, "steps": STEPS, "replicas": 2, "nodes": 3},
+                    results=lines,
+                    summary={"holds": sum(line["holds"] for line in lines), "of": len(lines)},
+                )
         finally:
             for name in list(bench.nodes):
                 bench.remove_node(name)
     print_table("faults", lines)
-    write_json(
-        args.out,
-        "faults",
-        device=device_info("cpu"),
-        workload={"rows": args.rows, "steps": STEPS, "replicas": 2, "nodes": 3},
-        results=lines,
-        summary={"holds": sum(line["holds"] for line in lines), "of": len(lines)},
-    )
     sys.exit(0 if all(line["holds"] for line in lines) else 1)
 
 
