@@ -39,10 +39,17 @@ async def test_a_fenced_request_disturbs_no_other():
     assert (ended, lease.attempt) == (None, 2)
 
 
+def batched(made: Ledger) -> Batched:
+    async def send(requests):
+        yield enumerate(await made.do(requests))
+
+    return Batched(send, 0.001)
+
+
 async def test_one_that_waits_gets_its_lease_when_another_ends():
     made = await ledger(ROOM_FOR_ONE)
     actor = SimpleNamespace(acquire=SimpleNamespace(remote=made.acquire))
-    send = Batched(made.do, 0.001)
+    send = batched(made)
     first, second = Leased(actor, send, "a", "s"), Leased(actor, send, "b", "s")
     await first.acquire(1, forecast(), 1_800)
     waiting = asyncio.create_task(second.acquire(1, forecast(), 1_800))
@@ -95,7 +102,7 @@ async def test_leases_that_no_agent_renews_make_room():
     await made.report(Report("single", "r0", 90, PAGE, 2))
     await made.do([("ask", (ask("dead"),)), ("ask", (ask("alive"),))])
     actor = SimpleNamespace(acquire=SimpleNamespace(remote=made.acquire))
-    third = asyncio.create_task(Leased(actor, Batched(made.do, 0.001), "third", "s").acquire(1, forecast(), 1_800))
+    third = asyncio.create_task(Leased(actor, batched(made), "third", "s").acquire(1, forecast(), 1_800))
     for _ in range(25):
         await asyncio.sleep(0.1)
         await made.do([("renew", (("alive", "third", "unknown"),))])
