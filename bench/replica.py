@@ -47,7 +47,6 @@ from actors.engine.loader import cache_folder
 from actors.engine.protocol import Request
 from actors.messages import FORECAST_LEVELS, Call, Forecast, Sampling, Stage, Turn
 from actors.replica import Replica
-from actors.router import session_id
 from actors.stopping import TurnMatcher
 from bench.common import (
     SHAPES,
@@ -62,9 +61,8 @@ from bench.common import (
 )
 from bench.react_replay import Clock, Trace, check_length, make_traces
 from pipeline import pools
-from pipeline.batched import Batched
 from pipeline.config import RunConfig
-from pipeline.rollout import BATCH_S, app_name, start_ray
+from pipeline.rollout import Caller, app_name, start_ray
 
 WAYS = ("engine", "matcher", "serve")
 WARM_TRAJECTORIES = 32
@@ -171,24 +169,12 @@ class Measured(Replica):
         return found
 
 
-class Clients:
+class Clients(Caller):
     """A process that calls as a run's agent does: a lease for each call, which goes to the lease's home."""
 
     def __init__(self, app: str, pool: str, leases: Any):
-        self.handle: Any = serve.get_deployment_handle(pool, app)
-        self.pool, self.ledger = pool, leases
-        self.lease = Batched(self._send_leases, BATCH_S)
-        self.ending = Batched(self._send_endings, 10 * BATCH_S)
-
-    async def _send_leases(self, requests: Sequence[Any]) -> Sequence[Any]:
-        return await self.ledger.do.remote(requests)
-
-    async def _send_endings(self, requests: Sequence[tuple[str, str]]) -> Sequence[Any]:
-        home, ids = requests[0][1], [id for id, _ in requests]  # there is one replica
-        await self.handle.options(session_id=session_id(home, ids[0])).end.remote(ids)
-        for id in ids:
-            self.lease(("end", (id, 1)))
-        return requests
+        super().__init__(app, [pool], leases)
+        self.pool = pool
 
     async def replay(self, traces: Sequence[Trace], at_once: int, generate: int, prefix: int) -> Done:
         """All trajectories, `at_once` of them at a time."""
@@ -204,13 +190,13 @@ class Clients:
                 forecast = forecast_of(trace, prefix, generate)
                 for context in trace.contexts():
                     home = (await lease.acquire(1, forecast, len(context), self.pool)).replica
-                    session = self.handle.options(session_id=session_id(home, trace.id))
-                    call = Call(trace.id, tuple(context), turn, Sampling(), "replica", home)
-                    reply = await session.generate.remote(call)
+                    reply = await self.generate(
+                        Call(trace.id, tuple(context), turn, Sampling(), "replica", home), self.pool
+                    )
                     check_length(reply.generation.token_ids, generate)
                     ended.append(time.monotonic())
                     lease.answered(len(context) + generate, reply.replica)
-                self.ending((trace.id, lease.home))
+                self.end(trace.id, 1, self.pool, lease.home or "")
 
         await asyncio.gather(*(slot() for _ in range(at_once)))
         return Done(begun_s, last_begun_s, tuple(ended))

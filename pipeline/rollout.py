@@ -96,39 +96,21 @@ class Job:
     forecaster: Forecaster
 
 
-class Agents:
-    """The async Ray Data callable: manifest rows in, result rows out, each durable before it is emitted."""
+class Caller:
+    """Leases and calls of one process: those that come together travel together.
 
-    def __init__(self, job: Job, journal: Any, leases: Any):
-        from actors.engine.loader import load_tokenizer, resolve
-        from actors.tools import ToolThreads, load_tools
-        from pipeline.scoring import load_scorers
+    Args:
+        app: the Serve application.
+        pools: its deployments.
+        leases: the ledger's actor.
+    """
 
-        self.job = job
-        self.journal: Any = journal
+    def __init__(self, app: str, pools: Iterable[str], leases: Any):
         self.ledger: Any = leases
-        model = job.config.model
-        folder = resolve(model.id, model.revision, weights=False).folder
-        self.tokenizer: Any = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
-        self.tools = load_tools(job.suite.config.tools, job.suite.folder)
-        self.forecaster = job.forecaster
-        self.threads = ToolThreads()
-        self.scorers = load_scorers(job.suite.config.scorers, job.suite.folder)
-        self.scoring = ThreadPoolExecutor(2, "scoring")
-        self.handles = {pool: serve.get_deployment_handle(pool, job.app) for pool in job.pools}
-        self.running: asyncio.Semaphore | None = None
-        self.rolled: set[str] = set()
+        self.handles = {pool: serve.get_deployment_handle(pool, app) for pool in pools}
         self.lines: dict[tuple[str, str], Batched] = {}
-        self._journal = Batched(self._send_journal, BATCH_S)
         self.lease = Batched(self._send_leases, BATCH_S)
         self._endings = Batched(self._send_endings, 10 * BATCH_S)
-
-    def record(self, name: str, *arguments: Any) -> asyncio.Future[Any]:
-        """Ask the journal; see its methods."""
-        return self._journal((name, arguments))
-
-    async def _send_journal(self, requests: Sequence[Any]) -> Answers:
-        yield enumerate(await self.journal.do.remote(requests))
 
     async def _send_leases(self, requests: Sequence[Any]) -> Answers:
         yield enumerate(await self.ledger.do.remote(requests))
@@ -170,6 +152,37 @@ class Agents:
                 await session.end.remote(row_ids)
         for row in rows:
             self.lease(("end", row))
+
+
+class Agents(Caller):
+    """The async Ray Data callable: manifest rows in, result rows out, each durable before it is emitted."""
+
+    def __init__(self, job: Job, journal: Any, leases: Any):
+        from actors.engine.loader import load_tokenizer, resolve
+        from actors.tools import ToolThreads, load_tools
+        from pipeline.scoring import load_scorers
+
+        super().__init__(job.app, job.pools, leases)
+        self.job = job
+        self.journal: Any = journal
+        model = job.config.model
+        folder = resolve(model.id, model.revision, weights=False).folder
+        self.tokenizer: Any = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
+        self.tools = load_tools(job.suite.config.tools, job.suite.folder)
+        self.forecaster = job.forecaster
+        self.threads = ToolThreads()
+        self.scorers = load_scorers(job.suite.config.scorers, job.suite.folder)
+        self.scoring = ThreadPoolExecutor(2, "scoring")
+        self.running: asyncio.Semaphore | None = None
+        self.rolled: set[str] = set()
+        self._journal = Batched(self._send_journal, BATCH_S)
+
+    def record(self, name: str, *arguments: Any) -> asyncio.Future[Any]:
+        """Ask the journal; see its methods."""
+        return self._journal((name, arguments))
+
+    async def _send_journal(self, requests: Sequence[Any]) -> Answers:
+        yield enumerate(await self.journal.do.remote(requests))
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """One table of finished rows for each table of manifest rows; rows that a stop kept back are left out."""

@@ -6,7 +6,9 @@ Knows no requests. The only place where the engine's parts are put together.
 from __future__ import annotations
 
 import logging
+import math
 import os
+import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -61,7 +63,9 @@ class Start:
 
 
 def process_age_s() -> float:
-    """Since this process was started; a Ray worker may have waited for its work."""
+    """Since this process was started; a Ray worker may have waited for its work. nan but on Linux."""
+    if sys.platform != "linux":
+        return math.nan
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
