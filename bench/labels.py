@@ -10,16 +10,13 @@ trajectories that come out otherwise, which are those whose thoughts went on beh
 from __future__ import annotations
 
 import argparse
-import asyncio
 import statistics
-import time
 from typing import Any
 
-from actors.engine import EngineSpec, build
 from actors.messages import Trajectory
 from bench.common import default_device, device_info, print_table, write_json
 from bench.rollouts import prepared_run
-from bench.speculation import said, trajectories
+from bench.speculation import run, said
 from pipeline.preflight import Prepared
 from pipeline.scoring import score
 
@@ -27,34 +24,24 @@ LABELS = ("generated", "forced")
 
 
 def measure(prepared: Prepared, batch: int, speculation: str) -> tuple[dict[str, Any], list[Trajectory]]:
-    """One run on a new engine."""
-    model = prepared.config.model
-    spec = EngineSpec(model.id, revision=model.revision, dtype=model.dtype, max_batch=batch, speculation=speculation)
-    engine: Any = build(spec)
-    submit, requests = engine.submit, list[Any]()
-    engine.submit = lambda request: requests.append(request) or submit(request)
-    try:
-        begun, cpu_s = time.perf_counter(), time.process_time()
-        found = asyncio.run(trajectories(prepared, engine, batch))
-        seconds, cpu_s = time.perf_counter() - begun, time.process_time() - cpu_s
-    finally:
-        engine.close()
-    scores = [score(one, prepared.scorers, prepared.suite.primary).score or 0.0 for one in found]
+    """One run on a new engine, told."""
+    ran = run(prepared, batch, speculation)
+    scores = [score(one, prepared.scorers, prepared.suite.primary).score or 0.0 for one in ran.found]
     return {
         "engine": "berth",
         "labels": prepared.config.agent.labels,
         "speculation": speculation,
-        "wall_s": seconds,
-        "cpu_s": cpu_s,
-        "rows": len(found),
-        "requests": len(requests),
-        "generated": sum(one.usage.generated for one in found),
-        "forced": sum(one.usage.forced for one in found),
-        "prefilled": sum(one.usage.prefilled for one in found),
-        "decode_s": sum(one.usage.decode_s for one in found),
+        "wall_s": ran.seconds,
+        "cpu_s": ran.cpu_s,
+        "rows": len(ran.found),
+        "requests": ran.requests,
+        "generated": ran.total("generated"),
+        "forced": ran.total("forced"),
+        "prefilled": ran.total("prefilled"),
+        "decode_s": ran.total("decode_s"),
         "score": statistics.mean(scores),
-        "parse_errors": sum(one.parse_errors for one in found),
-    }, found
+        "parse_errors": sum(one.parse_errors for one in ran.found),
+    }, ran.found
 
 
 def main() -> None:

@@ -33,9 +33,9 @@ import pyarrow.parquet as pq
 
 from bench.common import device_info, print_table, write_json
 from bench.scripted import finished_rows, script, write_suite
+from pipeline.rollout import ROWS_PER_FILE
 
 STEPS = 3
-ROWS_PER_FILE = 256
 LEFT = 1000
 ROOT = Path(__file__).resolve().parents[1]
 

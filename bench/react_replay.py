@@ -33,7 +33,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -49,6 +49,7 @@ from actors.engine import loader
 from actors.engine import runner as runner_module
 from actors.engine.assemble import over_model
 from actors.engine.protocol import Request
+from actors.messages import Generation
 from bench.common import (
     SHAPES,
     default_device,
@@ -323,6 +324,36 @@ def kernel_class(name: str) -> str:
     return next((kind for kind, pattern in _CLASSES.items() if re.search(pattern, name.lower())), "other")
 
 
+def closed_loops(
+    engine: Any, traces: Sequence[Trace], at_once: int, make: Callable[[list[int], str], Request]
+) -> Iterator[Generation]:
+    """Put all trajectories to an engine, `at_once` of them at a time, and end each; the answers as they come.
+
+    Args:
+        make: the request for a context of a trajectory.
+    """
+    contexts = {trace.id: deque(trace.contexts()) for trace in traces}
+    waiting, finished = deque(contexts), SimpleQueue[tuple[str, Future[Generation]]]()
+
+    def call(id: str) -> None:
+        future = engine.submit(make(contexts[id].popleft(), id))
+        future.add_done_callback(lambda future: finished.put((id, future)))
+
+    for _ in range(min(at_once, len(traces))):
+        call(waiting.popleft())
+    left = len(traces)
+    while left:
+        id, future = finished.get()
+        yield future.result()
+        if contexts[id]:
+            call(id)
+            continue
+        engine.end(id)
+        left -= 1
+        if waiting:
+            call(waiting.popleft())
+
+
 class Berth:
     """The paged engine: one future a call, `end` when a trajectory is done."""
 
@@ -363,30 +394,12 @@ class Berth:
         """Run all trajectories to their end, `at_once` of them at a time."""
         self.clock.reset()
         counts = Counts(0, 0, preemptions=0)
-        contexts = {trace.id: deque(trace.contexts()) for trace in traces}
-        waiting, finished = deque(contexts), SimpleQueue[tuple[str, Future[Any]]]()
-
-        def call(id: str) -> None:
-            request = Request(contexts[id].popleft(), id, max_tokens=self.generate)
-            self.engine.submit(request).add_done_callback(lambda future: finished.put((id, future)))
-
-        for _ in range(min(self.at_once, len(traces))):
-            call(waiting.popleft())
-        left = len(traces)
-        while left:
-            id, future = finished.get()
-            answer = future.result()
+        make = partial(Request, max_tokens=self.generate)
+        for answer in closed_loops(self.engine, traces, self.at_once, make):
             check_length(answer.token_ids, self.generate)
             counts.prefilled += answer.usage.prefilled
             counts.reused += answer.usage.reused
             counts.preemptions += answer.usage.preemptions
-            if contexts[id]:
-                call(id)
-                continue
-            self.engine.end(id)
-            left -= 1
-            if waiting:
-                call(waiting.popleft())
         gaps = ", ".join(f"{between} {gap_s:.2f} s" for between, gap_s in self.clock.gap_s.most_common())
         print(f"between steps, the device idle: {gaps}", flush=True)
         for kind, times in self.clock.step_s.items():

@@ -30,10 +30,8 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import ray
@@ -59,7 +57,7 @@ from bench.common import (
     runner_of,
     write_json,
 )
-from bench.react_replay import Clock, Trace, check_length, make_traces
+from bench.react_replay import Clock, Trace, check_length, closed_loops, make_traces
 from pipeline import pools
 from pipeline.config import RunConfig
 from pipeline.rollout import Caller, app_name, start_ray
@@ -126,33 +124,18 @@ class Measured(Replica):
         return await asyncio.to_thread(self._direct, traces, at_once, generate, matched)
 
     def _direct(self, traces: Sequence[Trace], at_once: int, generate: int, matched: bool) -> Done:
-        contexts = {trace.id: deque(trace.contexts()) for trace in traces}
-        waiting, finished = deque(contexts), SimpleQueue[tuple[str, Future[Any]]]()
-        turn, ended = turn_of(generate), list[float]()
+        turn, begun, ended = turn_of(generate), dict[str, float](), list[float]()
 
-        def call(id: str) -> None:
-            limit = turn.max_tokens if matched else generate
-            matcher = TurnMatcher(turn, self.tokenizer) if matched else None
-            request = Request(contexts[id].popleft(), id, limit, matcher=matcher)
-            self.engine.submit(request).add_done_callback(lambda future: finished.put((id, future)))
+        def make(context: list[int], id: str) -> Request:
+            begun.setdefault(id, time.monotonic())
+            if not matched:
+                return Request(context, id, generate)
+            return Request(context, id, turn.max_tokens, matcher=TurnMatcher(turn, self.tokenizer))
 
-        begun_s = last_begun_s = time.monotonic()
-        for _ in range(min(at_once, len(traces))):
-            call(waiting.popleft())
-        left = len(traces)
-        while left:
-            id, future = finished.get()
-            check_length(future.result().token_ids, generate)
+        for answer in closed_loops(self.engine, traces, at_once, make):
+            check_length(answer.token_ids, generate)
             ended.append(time.monotonic())
-            if contexts[id]:
-                call(id)
-                continue
-            self.engine.end(id)
-            left -= 1
-            if waiting:
-                call(waiting.popleft())
-                last_begun_s = time.monotonic()
-        return Done(begun_s, last_begun_s, tuple(ended))
+        return Done(min(begun.values()), max(begun.values()), tuple(ended))
 
     async def counts(self) -> dict[str, float]:
         """Of the engine's steps and this process, since the last time."""

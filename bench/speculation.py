@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,30 +40,57 @@ def said(trajectory: Trajectory) -> list[tuple[str, str, str]]:
     return [(step.thought, step.action, step.observation) for step in trajectory.steps]
 
 
-def measure(prepared: Prepared, batch: int, speculation: str) -> tuple[dict[str, Any], list[Trajectory]]:
-    """One run on a new engine."""
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of all tasks on a new engine.
+
+    Attributes:
+        requests: that the engine got.
+        events: of the engine, by name.
+    """
+
+    found: list[Trajectory]
+    seconds: float
+    cpu_s: float
+    requests: int
+    events: dict[str, int]
+
+    def total(self, name: str) -> Any:
+        """Sum of a field of the rows' usage."""
+        return sum(getattr(one.usage, name) for one in self.found)
+
+
+def run(prepared: Prepared, batch: int, speculation: str) -> Run:
+    """Build an engine, roll out all tasks, free it."""
     model = prepared.config.model
     spec = EngineSpec(model.id, revision=model.revision, dtype=model.dtype, max_batch=batch, speculation=speculation)
     engine: Any = build(spec)
+    submit, requests = engine.submit, list[Any]()
+    engine.submit = lambda request: requests.append(request) or submit(request)
     try:
-        started = time.perf_counter()
+        started, cpu_s = time.perf_counter(), time.process_time()
         found = asyncio.run(trajectories(prepared, engine, batch))
-        seconds = time.perf_counter() - started
-        drafted, kept = engine.events["drafted"], engine.events["kept"]
+        seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu_s
+        return Run(found, seconds, cpu_s, len(requests), engine.events)
     finally:
         engine.close()
-    tokens = sum(one.usage.generated for one in found)
+
+
+def measure(prepared: Prepared, batch: int, speculation: str) -> tuple[dict[str, Any], list[Trajectory]]:
+    """One run, told."""
+    ran = run(prepared, batch, speculation)
+    tokens, kept = ran.total("generated"), ran.events["kept"]
     return {
         "speculation": speculation,
-        "rows": len(found),
-        "seconds": round(seconds, 1),
+        "rows": len(ran.found),
+        "seconds": round(ran.seconds, 1),
         "generated": tokens,
-        "tokens_s": round(tokens / seconds, 1),
-        "decode_s": round(sum(one.usage.decode_s for one in found), 1),
-        "drafted": drafted,
+        "tokens_s": round(tokens / ran.seconds, 1),
+        "decode_s": round(ran.total("decode_s"), 1),
+        "drafted": ran.events["drafted"],
         "kept": kept,
         "tokens_a_row_step": round(tokens / (tokens - kept), 2),
-    }, found
+    }, ran.found
 
 
 def main() -> None:

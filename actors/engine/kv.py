@@ -105,7 +105,12 @@ class KVCache:
         source: dict[int, int] = {}  # of what is copied on
         for src, dst in copies:
             source[dst] = source.get(src, src)
-        pages_2N = torch.tensor([[*source.values()], [*source]], pin_memory=self.device.type == "cuda")
-        from_N, to_N = pages_2N.to(self.device, non_blocking=True)  # a step may be under way
+        from_N, to_N = indices([*source.values(), *source], self.device).reshape(2, -1)
         for cache in (*self.k, *self.v):
             cache.index_copy_(0, to_N, cache.index_select(0, from_N))
+
+
+def indices(values: Sequence[int], device: torch.device) -> Tensor:
+    """An int64 tensor on its way to the device: a step that is under way there is not waited for."""
+    host = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)

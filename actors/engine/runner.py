@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from actors.engine.attention import NAME, Kernel, Plan, Row, Shared, attending, check_kernel, merge
-from actors.engine.kv import SCRATCH_PAGE, KVCache
+from actors.engine.kv import SCRATCH_PAGE, KVCache, indices
 from actors.engine.protocol import RowStep
 from actors.engine.sampling import choose, wrap_seed
 from actors.engine.support import check_class, check_supported, window_of
@@ -413,15 +413,10 @@ class Runner:
         plan = self._plan(packed, max(len(span.token_ids) for span in spans), int(host.lens_R.max()), decode)
         plan.rows = [Row(at[r], span.start, len(span.token_ids), span.pages) for r, span in enumerate(real)]
         last = [t for r, span in enumerate(real) for t in range(at[r + 1] - span.draws, at[r + 1])]
-        last_B = self._indices(last)
+        last_B = indices(last, self._device)
         with attending(plan):
             hidden_TE = self._body_forward(packed)
         return hidden_TE[last_B] if last else None
-
-    def _indices(self, values: Sequence[int]) -> Tensor:
-        """An int64 tensor on the device, on its way there."""
-        host = torch.tensor(values, dtype=torch.int64, pin_memory=self._device.type == "cuda")
-        return host.to(self._device, non_blocking=True)
 
     def _moved(
         self, place_R: Sequence[int], after: Drawn, sources: Sequence[int | None]
@@ -431,7 +426,7 @@ class Runner:
         if not places:
             return None
         drawn = [cast(int, after.place_R[r]) for r in sources if r is not None]
-        to_B, from_B = self._indices([*places, *drawn]).reshape(2, -1)
+        to_B, from_B = indices([*places, *drawn], self._device).reshape(2, -1)
         return to_B, after.ids_B[from_B].int()
 
     def _plan(self, packed: _Packed, max_q: int, max_k: int, decode: bool) -> Plan:

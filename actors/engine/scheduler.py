@@ -106,6 +106,11 @@ class Work:
         return self.count > 1 or not self.sample
 
 
+def _rest(row: Row) -> Work:
+    """All that a row lacks before its next token."""
+    return Work(row, row.done, row.left, True)
+
+
 class Scheduler:
     """Who runs, what they compute next, and in which pages. Decisions only; the same calls decide the same.
 
@@ -188,7 +193,7 @@ class Scheduler:
                 self._preempt(self.running[-1])
         if preemptions == self.preemptions:
             self._admit()
-        return self._next([Work(row, row.done, row.left, True) for row in self.running], self._prefilled_last)
+        return self._next([_rest(row) for row in self.running], self._prefilled_last)
 
     def plan_behind(self, under_way: Sequence[Work], admit: bool = True) -> list[Work]:
         """The step behind one under way, planned before anybody knows what that draws.
@@ -209,7 +214,7 @@ class Scheduler:
         for row in self.running:
             part = before.get(row)
             if part is None:
-                todo.append(Work(row, row.done, row.left, True))
+                todo.append(_rest(row))
             elif not part.sample:
                 todo.append(Work(row, row.done + part.count, row.left - part.count, True))
             elif row.generated + 1 < row.request.max_tokens and len(row.tokens) + 1 < self.max_model_len:
@@ -218,7 +223,7 @@ class Scheduler:
             if not part.prefill and not self.pages.extend(part.row.sequence_id, part.start + 1 - part.row.done):
                 return []
         if admit and not self._refused:
-            todo += [Work(row, row.done, row.left, True) for row in self._admit()]
+            todo += [_rest(row) for row in self._admit()]
             todo.sort(key=lambda part: part.row.age)
         return self._next(todo, any(part.prefill for part in under_way))
 
