@@ -230,6 +230,7 @@ class Clock:
         self._step, self._launch = runner.step, runner.launch
         self.step_s: dict[str, list[float]] = {}
         self.profiled: dict[str, list[Counter[str]]] = {}
+        self.kernels: dict[str, list[tuple[str, float]]] = {}  # names and ms of the last profiled step
         self.to_profile: dict[str, int] = {}
         self.gap_s: Counter[str] = Counter()
         self._ended, self._last = 0.0, ""
@@ -288,6 +289,7 @@ class Clock:
         begin, end = min(e.time_range.start for e in events), max(e.time_range.end for e in events)
         spent["# span"] += (end - begin) / 1e3
         spent["# tokens"] += sum(len(row.token_ids) for row in rows)
+        self.kernels[kind] = [(event.name[:90], event.time_range.elapsed_us() / 1e3) for event in events]
         self.profiled.setdefault(kind, []).append(spent)
         return drawn
 
@@ -429,6 +431,12 @@ class Berth:
                 total["# tokens"] / len(steps),
             )
             print_table(f"{kind}, {tokens:.0f} tokens: kernels {busy:.2f} ms in {span:.2f} ms a step", rows)
+            named: dict[str, list[float]] = {}
+            for name, ms in self.clock.kernels[kind]:
+                named.setdefault(name, []).append(ms)
+            most = sorted(named.items(), key=lambda item: -sum(item[1]))[:24]
+            last = [{"kernel": name, "launches": len(times), "ms": sum(times)} for name, times in most]
+            print_table(f"the last of these {kind} steps, by kernel", last)
 
     def close(self) -> None:
         """Free the device."""
