@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from actors.engine import loader
-from actors.engine.attention import kernel_for
+from actors.engine.attention import kernels_for
 from actors.engine.gang import START_S, Gang
 from actors.engine.kv import KVCache, kv_shapes
 from actors.engine.leader import lead
@@ -27,7 +27,7 @@ from actors.engine.memory import PAGE_TOKENS, THREADS, device_used_bytes, most_p
 from actors.engine.paged import PagedEngine
 from actors.engine.protocol import EngineSpec, Memory, MemoryReport
 from actors.engine.runner import Runner
-from actors.engine.selfcheck import check_numbers
+from actors.engine.selfcheck import first_right
 from actors.engine.shard import ShardedRunner, split
 from actors.engine.support import check_supported, check_tensor_parallel
 from actors.errors import InputError, OutOfMemory
@@ -180,19 +180,19 @@ def over_model(
     device, dtype = model.device, model.dtype
     if invariant and dtype != torch.float32:
         raise InputError("kept in float32 only", field="numerics", got="invariant", wants="model.dtype: float32")
-    chosen: Any = kernel or ("reference" if invariant else kernel_for(device, dtype, model.config))
+    kernels: Any = [kernel] if kernel else ["reference"] if invariant else kernels_for(device, dtype, model.config)
     length = max_model_len or getattr(model.config, "max_position_embeddings", None) or 1 << 17
     batch = max_batch or MAX_BATCH[device.type]
     prefill = max_prefill_tokens or MAX_PREFILL_TOKENS[device.type]
     guesses = speculation == "on" or (speculation == "auto" and device.type == "cpu")
     kv = KVCache(kv_shapes(model.config, tp), 2, page_tokens, dtype, device)
     with start.part("check"):
-        check_numbers(chosen, kv, model.config)
+        chosen = first_right(kernels, kv, model.config)
     kind: Any = Runner if gang is None else partial(ShardedRunner, gang=gang)
     runner: Runner = kind(model, kv, chosen, batch, prefill, length, graphs=graphs, invariant=invariant)
     cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if cuda else 0
-    half = chosen in ("flash_attn", "torch_varlen") and gang is None
+    half = chosen in ("triton", "flash_attn", "torch_varlen") and gang is None
     compiled = False
     if compile == "on" and not half:
         log.warning("compile: on has no effect on %s in %s over %d ranks: layers run as they are", device, dtype, tp)

@@ -6,6 +6,7 @@ current on its thread. No mask function is registered: for an implementation wit
 all, where a registered one first costs a host synchronisation per step to look for packed sequences.
 
 Kernels:
+    triton        FlashAttention in Triton (`actors.engine.kernels`), with shared pages read once; fp16 and bf16
     flash_attn    FlashAttention-2 (Dao 2023) over block tables; fp16 and bf16
     torch_varlen  the same algorithm in torch (2.14 on), where flash-attn is not installed; no soft cap
     sdpa          torch's own attention over gathered pages, for fp32 and CPUs
@@ -24,13 +25,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import logging
 import math
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +42,12 @@ from transformers import AttentionInterface
 from actors.engine.kv import KVCache
 from actors.errors import InputError, UnsupportedModel
 
-Kernel = Literal["flash_attn", "torch_varlen", "sdpa", "reference"]
+if TYPE_CHECKING:
+    from actors.engine.kernels.decode import Runs
+
+Kernel = Literal["triton", "flash_attn", "torch_varlen", "sdpa", "reference"]
+
+log = logging.getLogger(__name__)
 
 NAME = "berth_paged"
 _GROUP = 4
@@ -68,27 +75,22 @@ class Row:
 
 
 @dataclass(slots=True)
-class Shared:
-    """Runs of pages that several rows of a decode step begin with; each run is read once for all its rows.
-
-    The rows of a run follow one another, and `Plan.table_RP` and `Plan.lens_R` leave the run out. Rows without one
-    stand behind all others and in no group: for an empty run flash-attn 2.8.3 writes out of bounds.
+class Units:
+    """How the Triton kernels cut a step: a row's new tokens into tiles of queries, in decode its pages into chunks.
 
     Attributes:
-        cu_q_N1: int32 [N + 1], running sums of the rows of each run.
-        cu_k_N1: int32 [N + 1], running sums of the runs' tokens.
-        table_NP: int32 page tables of the runs.
-        within_T: bool, rows that have a run.
-        max_k: longest run in tokens.
-        merge: `merge`, compiled where the layers are.
+        row_I: int32, the row of each tile or chunk.
+        first_R1: int32 [R + 1], the first one of each row.
+        queries: tokens of a tile.
+        pages_1: int32, pages of a chunk.
+        runs: pages that rows of a decode step begin with and share.
     """
 
-    cu_q_N1: Tensor
-    cu_k_N1: Tensor
-    table_NP: Tensor
-    within_T: Tensor
-    max_k: int
-    merge: Callable[..., Tensor]
+    row_I: Tensor
+    first_R1: Tensor
+    queries: int
+    pages_1: Tensor
+    runs: Runs | None = None
 
 
 @dataclass(slots=True)
@@ -103,7 +105,7 @@ class Plan:
         max_q, max_k: largest number of new tokens, and largest length.
         decode: every row computes one token.
         rows: for the reference kernel; rows that only pad are left out and attend to nothing.
-        shared: in decode, for flash_attn and layers without a window.
+        units: for the Triton kernels.
     """
 
     kv: KVCache
@@ -117,7 +119,7 @@ class Plan:
     max_k: int
     decode: bool
     rows: Sequence[Row] = ()
-    shared: Shared | None = None
+    units: Units | None = None
 
 
 class _Current(threading.local):
@@ -137,18 +139,18 @@ def attending(plan: Plan) -> Generator[None]:
         _current.plan = before
 
 
-def kernel_for(device: torch.device | str, dtype: torch.dtype, config: Any = None) -> Kernel:
-    """The fastest kernel that computes `dtype` on `device` with what is installed.
+def kernels_for(device: torch.device | str, dtype: torch.dtype, config: Any = None) -> list[Kernel]:
+    """The kernels that compute `dtype` on `device` with what is installed, the fastest first; at least one.
 
     Args:
         config: the model's; a soft cap in fp32 or on a CPU is left to the reference.
 
     Raises:
-        InputError: none does; says what to install or to set.
+        InputError: there is none; says what to install or to set.
     """
     device = torch.device(device)
     if device.type == "cpu" or (device.type == "cuda" and dtype == torch.float32):
-        return "reference" if getattr(config, "attn_logit_softcapping", None) is not None else "sdpa"
+        return ["reference" if getattr(config, "attn_logit_softcapping", None) is not None else "sdpa"]
     if device.type != "cuda":
         raise InputError("the paged engine runs on CUDA and CPU", field="device", got=device.type, wants="cuda or cpu")
     if dtype not in (torch.float16, torch.bfloat16):
@@ -161,15 +163,22 @@ def kernel_for(device: torch.device | str, dtype: torch.dtype, config: Any = Non
             got=f"{dtype} on {capability[0]}.{capability[1]}",
             wants="float32",
         )
+    found: list[Kernel] = []
+    if importlib.util.find_spec("triton") is not None:
+        found.append("triton")
     if importlib.util.find_spec("flash_attn") is not None:
         try:
             _flash_attn()
+            found.append("flash_attn")
         except ImportError as e:
-            raise InputError(f"flash-attn does not load ({e})", wants=_INSTALL) from e
-        return "flash_attn"
+            if not found:
+                raise InputError(f"flash-attn does not load ({e})", wants=_INSTALL) from e
+            log.warning("flash-attn does not load: %s", e)
     if _has_paged_varlen():
-        return "torch_varlen"
-    raise InputError("no attention kernel for half precision is installed", wants=_INSTALL)
+        found.append("torch_varlen")
+    if not found:
+        raise InputError("no attention kernel for half precision is installed", wants=_INSTALL)
+    return found
 
 
 def check_kernel(kernel: Kernel, kv: KVCache, config: Any) -> None:
@@ -190,6 +199,12 @@ def check_kernel(kernel: Kernel, kv: KVCache, config: Any) -> None:
     if kv.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"{kernel} wants float16 or bfloat16 keys and values, got {kv.dtype}")
     for _, head_dim in kv.shapes:
+        if kernel == "triton":
+            if head_dim not in (16, 32, 64, 128, 256):
+                raise UnsupportedModel(
+                    "the Triton kernels do not do this head dimension", got=head_dim, wants="16 to 256"
+                )
+            continue
         if head_dim > 256 or head_dim % 8:
             raise UnsupportedModel("FlashAttention-2 does not do this head dimension", got=head_dim, wants="8 to 256")
     if kernel == "torch_varlen" and getattr(config, "attn_logit_softcapping", None) is not None:
@@ -259,8 +274,11 @@ def _attend(
     if plan is None:
         raise RuntimeError("paged attention was called outside a runner's step")
     k_PSKD, v_PSKD = plan.kv.k[layer], plan.kv.v[layer]
-    k_PSKD.flatten(0, 1).index_copy_(0, plan.slots_T, k_TKD)
-    v_PSKD.flatten(0, 1).index_copy_(0, plan.slots_T, v_TKD)
+    if plan.kernel == "triton":
+        _triton_kernels()[0](k_TKD, v_TKD, k_PSKD, v_PSKD, plan.slots_T)
+    else:
+        k_PSKD.flatten(0, 1).index_copy_(0, plan.slots_T, k_TKD)
+        v_PSKD.flatten(0, 1).index_copy_(0, plan.slots_T, v_TKD)
     return KERNELS[plan.kernel](plan, q_THD, k_PSKD, v_PSKD, scale, window, softcap)
 
 
@@ -283,36 +301,21 @@ def _flash(
         "block_table": plan.table_RP,
     }
     if plan.decode:
-        shared = plan.shared
-        options |= {"cache_seqlens": plan.lens_R, "return_softmax_lse": shared is not None}
-        own = with_kvcache(q_THD.unsqueeze(1), k_PSKD, v_PSKD, **options)
-        if shared is None:
-            return own.squeeze(1)
-        # The queries see the whole run: it ends before any of them.
-        run_THD, run_HT, _ = varlen(
-            q_THD,
-            k_PSKD,
-            v_PSKD,
-            shared.cu_q_N1,
-            shared.cu_k_N1,
-            len(q_THD),
-            shared.max_k,
-            softmax_scale=scale,
-            softcap=softcap or 0.0,
-            block_table=shared.table_NP,
-            return_attn_probs=True,
-        )
-        return shared.merge(own[0].squeeze(1), own[1].squeeze(-1), run_THD, run_HT.transpose(0, 1), shared.within_T)
+        return with_kvcache(q_THD.unsqueeze(1), k_PSKD, v_PSKD, cache_seqlens=plan.lens_R, **options).squeeze(1)
     return varlen(q_THD, k_PSKD, v_PSKD, plan.cu_q_R1, plan.cu_k_R1, plan.max_q, plan.max_k, **options)
 
 
-def merge(own_THD: Tensor, own_TH: Tensor, run_THD: Tensor, run_TH: Tensor, within_T: Tensor) -> Tensor:
-    """Attention over two disjoint sets of keys, from that over each and the logarithms of their sums (Dao et al. 2023,
-    "Flash-Decoding"); only the first of rows that are not `within_T`, whatever the second holds.
-    """
-    weight_TH1 = torch.sigmoid(run_TH - own_TH).unsqueeze(-1)
-    merged_THD = torch.lerp(own_THD.float(), run_THD.float(), weight_TH1)
-    return torch.where(within_T[:, None, None], merged_THD.to(own_THD.dtype), own_THD)
+def _triton(
+    plan: Plan, q_THD: Tensor, k_PSKD: Tensor, v_PSKD: Tensor, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    units = plan.units
+    if units is None:
+        raise RuntimeError("a step for the Triton kernels was not cut into units")
+    _, prefill, decode = _triton_kernels()
+    rows = (plan.lens_R, plan.table_RP, units.row_I, units.first_R1)
+    if plan.decode:
+        return decode(q_THD, k_PSKD, v_PSKD, *rows, units.pages_1, units.runs, scale, window, softcap)
+    return prefill(q_THD, k_PSKD, v_PSKD, plan.cu_q_R1, *rows, units.queries, scale, window, softcap)
 
 
 def _torch_varlen(
@@ -427,6 +430,14 @@ def _flash_attn() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
 
 
 @cache
+def _triton_kernels() -> tuple[Callable[..., None], Callable[..., Tensor], Callable[..., Tensor]]:
+    """To write keys and values, to prefill and to decode."""
+    from actors.engine.kernels import decode, prefill, write  # torch does not bring Triton everywhere
+
+    return write.write, prefill.attend, decode.attend
+
+
+@cache
 def _varlen_attn() -> Callable[..., Tensor]:
     return cast(Any, importlib.import_module("torch.nn.attention.varlen")).varlen_attn
 
@@ -439,6 +450,7 @@ def _has_paged_varlen() -> bool:
 
 
 KERNELS: dict[Kernel, Callable[..., Tensor]] = {
+    "triton": _triton,
     "flash_attn": _flash,
     "torch_varlen": _torch_varlen,
     "sdpa": _sdpa,

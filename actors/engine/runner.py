@@ -6,7 +6,7 @@ or not) is one varlen step. Nothing of a step is remembered here: after an out-o
 again into the same slots.
 
 On CUDA a step need not be waited for (`launch`), and the next can be launched on the tokens that it draws before the
-host has seen them. In a replayed step, pages that several rows begin with are read once for all of them.
+host has seen them. Under the Triton kernels pages that several rows of a replayed step begin with are read once.
 
 Knows nothing of scheduling, of who owns a page, of stop tokens or text.
 
@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,8 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.engine.attention import NAME, Kernel, Plan, Row, Shared, attending, check_kernel, merge
-from actors.engine.kv import SCRATCH_PAGE, KVCache, indices
+from actors.engine.attention import NAME, Kernel, Plan, Row, Units, attending, check_kernel
+from actors.engine.kv import SCRATCH_PAGE, KVCache, indices, kv_shapes
 from actors.engine.protocol import RowStep
 from actors.engine.sampling import choose, wrap_seed
 from actors.engine.support import check_class, check_supported, window_of
@@ -45,7 +45,7 @@ _NO_LOGPROB = math.nan
 # Runs of shared pages that a replayed step reads once; and the smallest graph for which that is quicker than reading
 # them for each row.
 _RUNS = 4
-_SHARING_ROWS = 16
+_SHARING_ROWS = 8
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ class _Span:
 
 @dataclass(slots=True)
 class _Packed:
-    """A forward's integers, as int32 views of one buffer; N of them are for `attention.Shared`."""
+    """A forward's integers, as int32 views of one buffer; N of them are for shared runs, I for `attention.Units`."""
 
     ids_T: Any
     positions_T: Any
@@ -68,28 +68,31 @@ class _Packed:
     lens_R: Any
     cu_q_R1: Any
     cu_k_R1: Any
+    first_R1: Any
+    row_I: Any
+    pages_1: Any
     cu_q_N1: Any
     cu_k_N1: Any
     table_RP: Any
     table_NP: Any
 
     @classmethod
-    def over(cls, flat: Any, tokens: int, rows: int, pages: int) -> _Packed:
-        """Cut a flat buffer of `size(tokens, rows, pages)` elements (numpy or torch) into its fields."""
-        ends = np.cumsum(cls._sizes(tokens, rows, pages)).tolist()
+    def over(cls, flat: Any, tokens: int, rows: int, pages: int, units: int) -> _Packed:
+        """Cut a flat buffer of `size(tokens, rows, pages, units)` elements (numpy or torch) into its fields."""
+        ends = np.cumsum(cls._sizes(tokens, rows, pages, units)).tolist()
         parts = [flat[start:end] for start, end in itertools.pairwise([0, *ends])]
         parts[-2:] = [table.reshape(-1, pages) for table in parts[-2:]]
         return cls(*parts)
 
     @classmethod
-    def size(cls, tokens: int, rows: int, pages: int) -> int:
+    def size(cls, tokens: int, rows: int, pages: int, units: int) -> int:
         """Elements of the flat buffer."""
-        return sum(cls._sizes(tokens, rows, pages))
+        return sum(cls._sizes(tokens, rows, pages, units))
 
     @staticmethod
-    def _sizes(tokens: int, rows: int, pages: int) -> list[int]:
-        per_row = [rows, rows + 1, rows + 1]
-        return [tokens, tokens, tokens, *per_row, _RUNS + 1, _RUNS + 1, rows * pages, _RUNS * pages]
+    def _sizes(tokens: int, rows: int, pages: int, units: int) -> list[int]:
+        per_row = [rows, rows + 1, rows + 1, rows + 1]
+        return [tokens, tokens, tokens, *per_row, units, 1, _RUNS + 1, _RUNS + 1, rows * pages, _RUNS * pages]
 
 
 @dataclass(slots=True)
@@ -98,6 +101,7 @@ class _Graph:
 
     graph: torch.cuda.CUDAGraph
     device: Tensor
+    units: int
     sharing: bool
 
 
@@ -186,9 +190,9 @@ class Runner:
         self._graph_logits_BV: Tensor | None = None
         self._graph_ids_B: Tensor | None = None
         self._warm_up: torch.cuda.Stream | None = None
-        self._shares = kernel == "flash_attn" and window_of(config) is None
-        self._merge: Callable[..., Tensor] = merge
+        self._shares = kernel == "triton" and window_of(config) is None
         self._least_tokens = 1  # of a forward; compiled code has sizes of 1 apart
+        self._kv_heads = kv_shapes(config)[0][0]  # of the whole model
         self._model = model.eval()
         self._body = model.base_model
         self._lm_head = model.get_output_embeddings()
@@ -272,25 +276,20 @@ class Runner:
 
         # Layers differ in their index alone, which is to be an argument of one compiled function. Process-wide.
         dynamo.allow_unspec_int_on_nn_module = True
-        layers, plain = [*self._body.layers, self._body.norm], self._merge
+        layers = [*self._body.layers, self._body.norm]
         self._least_tokens = 2
         try:
             if dynamo.disable:
                 raise RuntimeError("torch.compile is switched off")
             for layer in layers:
                 layer.compile(dynamic=True, fullgraph=True, backend=backend)
-            self._merge = torch.compile(plain, dynamic=True, fullgraph=True, backend=backend)
             self.step([RowStep([0, 0, 0], 0, [SCRATCH_PAGE], True, Sampling())])
-            heads = self._model.config.num_attention_heads
-            part_THD = torch.zeros(2, heads, self.kv.shapes[0][1], dtype=self.kv.dtype, device=self._device)
-            sum_TH = torch.zeros(2, heads, device=self._device)
-            self._merge(part_THD, sum_TH, part_THD, sum_TH.t().contiguous().t(), sum_TH[:, 0] > 0)
         except torch.OutOfMemoryError:
             raise
         except Exception as e:
             for layer in layers:
                 layer._compiled_call_impl = None
-            self._merge, self._least_tokens = plain, 1
+            self._least_tokens = 1
             log.warning("the layers could not be compiled and run as they are: %s: %s", type(e).__name__, e)
             return False
         return True
@@ -401,16 +400,16 @@ class Runner:
                 _Span([0] * min(size, padding - at), 0, [SCRATCH_PAGE], 0) for at in range(0, padding, size)
             ]
         width = max(-(-(span.start + len(span.token_ids)) // self.kv.page_tokens) for span in spans)
-        flat = torch.empty(
-            _Packed.size(tokens, len(spans), width), dtype=torch.int32, pin_memory=self._device.type == "cuda"
-        )
-        host = _Packed.over(flat.numpy(), tokens, len(spans), width)
-        _fill(host, spans, self.kv.page_tokens)
-        packed = _Packed.over(flat.to(self._device, non_blocking=True), tokens, len(spans), width)
+        queries, units = self._units(spans, decode)
+        sizes = (tokens, len(spans), width, units)
+        flat = torch.empty(_Packed.size(*sizes), dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        host = _Packed.over(flat.numpy(), *sizes)
+        _fill(host, spans, self.kv.page_tokens, queries)
+        packed = _Packed.over(flat.to(self._device, non_blocking=True), *sizes)
         if moved is not None:
             packed.ids_T[moved[0]] = moved[1]
         at = cast(list[int], host.cu_q_R1.tolist())
-        plan = self._plan(packed, max(len(span.token_ids) for span in spans), int(host.lens_R.max()), decode)
+        plan = self._plan(packed, max(len(span.token_ids) for span in spans), int(host.lens_R.max()), decode, queries)
         plan.rows = [Row(at[r], span.start, len(span.token_ids), span.pages) for r, span in enumerate(real)]
         last = [t for r, span in enumerate(real) for t in range(at[r + 1] - span.draws, at[r + 1])]
         last_B = indices(last, self._device)
@@ -429,7 +428,21 @@ class Runner:
         to_B, from_B = indices([*places, *drawn], self._device).reshape(2, -1)
         return to_B, after.ids_B[from_B].int()
 
-    def _plan(self, packed: _Packed, max_q: int, max_k: int, decode: bool) -> Plan:
+    def _units(self, spans: Sequence[_Span], decode: bool) -> tuple[int, int]:
+        """Query tokens of a tile, 0 in decode; and how many tiles, or chunks at most, there are."""
+        if self.kernel != "triton":
+            return 0, 0
+        if decode:
+            return 0, _chunks(len(spans))
+        from actors.engine.kernels.prefill import queries_a_tile  # torch does not bring Triton everywhere
+
+        lengths = [len(span.token_ids) for span in spans]
+        kv_heads = self.kv.shapes[0][0]
+        heads = self._model.config.num_attention_heads * kv_heads // self._kv_heads
+        queries = queries_a_tile(heads, kv_heads, sum(lengths), len(lengths))
+        return queries, sum(-(-length // queries) for length in lengths)
+
+    def _plan(self, packed: _Packed, max_q: int, max_k: int, decode: bool, queries: int) -> Plan:
         return Plan(
             kv=self.kv,
             kernel=self.kernel,
@@ -441,6 +454,7 @@ class Runner:
             max_q=max_q,
             max_k=max_k,
             decode=decode,
+            units=Units(packed.row_I, packed.first_R1, queries, packed.pages_1),
         )
 
     def _body_forward(self, packed: _Packed) -> Tensor:
@@ -521,8 +535,8 @@ class Runner:
         spans += [_Span([0], 0, [SCRATCH_PAGE], 0)] * (size - len(rows))
         # A new one each time: the last step's may still be on its way to the device.
         flat = torch.empty(len(graph.device), dtype=torch.int32, pin_memory=True)
-        host = _Packed.over(flat.numpy(), size, size, self._max_pages)
-        _fill(host, spans, self.kv.page_tokens, runs)
+        host = _Packed.over(flat.numpy(), size, size, self._max_pages, graph.units)
+        _fill(host, spans, self.kv.page_tokens, runs=runs)
         graph.device.copy_(flat, non_blocking=True)
         moved = after and self._moved(range(len(rows)), after, [sources[r] for r in order])
         if moved is not None:
@@ -537,21 +551,20 @@ class Runner:
 
     def _capture(self, size: int, pool: Any) -> _Graph:
         sharing = self._shares and size >= _SHARING_ROWS
-        host = torch.zeros(_Packed.size(size, size, self._max_pages), dtype=torch.int32)
-        _fill(
-            _Packed.over(host.numpy(), size, size, self._max_pages),
-            [_Span([0], 0, [SCRATCH_PAGE], 0)] * size,
-            self.kv.page_tokens,
-        )
+        spans = [_Span([0], 0, [SCRATCH_PAGE], 0)] * size
+        _, units = self._units(spans, decode=True)
+        sizes = (size, size, self._max_pages, units)
+        host = torch.zeros(_Packed.size(*sizes), dtype=torch.int32)
+        _fill(_Packed.over(host.numpy(), *sizes), spans, self.kv.page_tokens)
         device = host.to(self._device)
-        packed = _Packed.over(device, size, size, self._max_pages)
+        packed = _Packed.over(device, *sizes)
+        plan = self._plan(packed, 1, self.max_model_len, True, 0)
+        if sharing and plan.units is not None:
+            from actors.engine.kernels.decode import Runs  # torch does not bring Triton everywhere
+
+            plan.units.runs = Runs(packed.cu_q_N1, packed.cu_k_N1, packed.table_NP)
 
         def decode() -> tuple[Tensor, Tensor]:
-            plan = self._plan(packed, 1, self.max_model_len, True)
-            if sharing:
-                within_T = torch.arange(size, device=self._device) < packed.cu_q_N1[-1]
-                longest = self._max_pages * self.kv.page_tokens
-                plan.shared = Shared(packed.cu_q_N1, packed.cu_k_N1, packed.table_NP, within_T, longest, self._merge)
             with attending(plan):
                 logits_BV = self._head(self._body_forward(packed))
             return logits_BV, logits_BV.argmax(-1)
@@ -573,7 +586,7 @@ class Runner:
             logits_BV, ids_B = decode()
             self._graph_logits_BV[:size].copy_(logits_BV)
             self._graph_ids_B[:size].copy_(ids_B)
-        return _Graph(graph, device, sharing)
+        return _Graph(graph, device, units, sharing)
 
 
 def graph_sizes(max_batch: int) -> list[int]:
@@ -582,12 +595,22 @@ def graph_sizes(max_batch: int) -> list[int]:
     return sorted({size for size in sizes if size < max_batch} | {max_batch})
 
 
+def _chunks(rows: int) -> int:
+    """Chunks of own pages that a decode step may have: enough for many rows of few pages, and for few of many."""
+    return 2 * rows + 128
+
+
 def _fill(
-    host: _Packed, spans: Sequence[_Span], page_tokens: int, runs: Sequence[tuple[int, Sequence[int]]] = ()
+    host: _Packed,
+    spans: Sequence[_Span],
+    page_tokens: int,
+    queries: int = 0,
+    runs: Sequence[tuple[int, Sequence[int]]] = (),
 ) -> None:
-    """Write the spans' ids, positions, slots, lengths and page tables into numpy views.
+    """Write the spans' ids, positions, slots, lengths, page tables and units into numpy views.
 
     Args:
+        queries: of a tile; 0 cuts the rows' own pages into chunks, of as few pages as there is room for.
         runs: of the first spans: how many begin with which pages, which their own tables then leave out.
     """
     counts = np.fromiter((len(span.token_ids) for span in spans), np.int32, len(spans))
@@ -610,6 +633,15 @@ def _fill(
     host.positions_T[:] = np.arange(len(host.ids_T)) - (host.cu_q_R1[:-1] - starts)[row_T]
     page_T, offset_T = np.divmod(host.positions_T - skipped[row_T], page_tokens)
     host.slots_T[:] = host.table_RP[row_T, page_T] * page_tokens + offset_T
+    if len(host.row_I):
+        parts, size = (counts, queries) if queries else (-(-host.lens_R // page_tokens), 1)
+        while not queries and (-(-parts // size)).sum() > len(host.row_I):
+            size += 1
+        units = -(-parts // size)
+        host.pages_1[:] = size
+        host.first_R1[0] = 0
+        np.cumsum(units, out=host.first_R1[1:])
+        host.row_I[: host.first_R1[-1]] = np.repeat(np.arange(len(spans)), units)
     host.cu_q_N1[:] = host.cu_k_N1[:] = 0
     host.table_NP[:] = SCRATCH_PAGE
     for n, (rows, pages) in enumerate(runs):

@@ -7,14 +7,15 @@ Knows no model weights.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from actors.engine.attention import KERNELS, Kernel, Plan, Row
+from actors.engine.attention import KERNELS, Kernel, Plan, Row, Units, check_kernel
 from actors.engine.kv import KVCache
 from actors.engine.support import window_of
 from actors.errors import UnsupportedModel
@@ -22,6 +23,29 @@ from actors.errors import UnsupportedModel
 MAX_ERROR = 0.03
 """‖out − reference‖ / ‖reference‖; bf16 and fp16 stay below 0.01."""
 LENGTHS = (300, 20, 1)
+_QUERIES = 4
+
+log = logging.getLogger(__name__)
+
+
+def first_right(kernels: Sequence[Kernel], kv: KVCache, config: Any) -> Kernel:
+    """The first of `kernels` that does this model's shapes, and right; each that does not is logged.
+
+    Raises:
+        UnsupportedModel: why the last one does not.
+    """
+    for kernel in kernels[:-1]:
+        try:
+            check_kernel(kernel, kv, config)
+            check_numbers(kernel, kv, config)
+            return kernel
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:  # a compiler that is missing or fails does so in many ways
+            log.warning("the kernel %s is not used: %s: %s", kernel, type(e).__name__, e)
+    check_kernel(kernels[-1], kv, config)
+    check_numbers(kernels[-1], kv, config)
+    return kernels[-1]
 
 
 def check_numbers(kernel: Kernel, kv: KVCache, config: Any) -> None:
@@ -77,6 +101,8 @@ def _error(
         return ints([0, *accumulate(values)])
 
     rows = [Row(sum(new[:at]), length - new[at], new[at], tables[at]) for at, length in enumerate(LENGTHS)]
+    parts = [1] * len(LENGTHS) if decode else [-(-tokens // _QUERIES) for tokens in new]
+    row_I = ints([*chain.from_iterable(repeat(row, count) for row, count in enumerate(parts))])
     plan = Plan(
         kv=kv,
         kernel=kernel,
@@ -89,6 +115,7 @@ def _error(
         max_k=max(LENGTHS),
         decode=decode,
         rows=rows,
+        units=Units(row_I, sums(parts), _QUERIES, ints([pages_row])),
     )
     q_THD = draw(sum(new), q_heads, head_dim) * 16  # scores large enough that a soft cap shows
     scale = (scalar or head_dim) ** -0.5

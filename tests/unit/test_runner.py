@@ -362,9 +362,10 @@ def test_a_run_and_the_rows_own_pages_are_the_whole_context():
     ]
     order, runs = _runs(rows, PAGE)
     spans = [_Span(rows[r].token_ids, rows[r].start, rows[r].pages, 1) for r in order] + [_Span([0], 0, [0], 0)]
-    whole, parts = (_Packed.over(np.full(_Packed.size(5, 5, 6), -1, np.int32), 5, 5, 6) for _ in range(2))
+    sizes = (5, 5, 6, 6)
+    whole, parts = (_Packed.over(np.full(_Packed.size(*sizes), -1, np.int32), *sizes) for _ in range(2))
     _fill(whole, spans, PAGE)
-    _fill(parts, spans, PAGE, runs)
+    _fill(parts, spans, PAGE, runs=runs)
     for name in ("ids_T", "positions_T", "slots_T", "cu_q_R1"):
         assert getattr(whole, name).tolist() == getattr(parts, name).tolist()
     assert parts.cu_q_N1.tolist() == [0, 2, 2, 2, 2]
@@ -377,22 +378,26 @@ def test_a_run_and_the_rows_own_pages_are_the_whole_context():
         assert pages[: len(span.pages)] == list(span.pages)
 
 
-def test_attention_over_two_sets_of_keys_is_that_over_both():
-    scores = torch.randn(5, 3, 20, dtype=torch.float64)
-    values = torch.randn(20, 3, 8, dtype=torch.float64)
+@pytest.mark.parametrize(("units", "chunk"), [(20, 1), (13, 1), (12, 2), (7, 2), (6, 3), (4, 6)])
+def test_own_pages_are_cut_into_chunks_for_which_there_is_room(units, chunk):
+    pages = [6, 1, 4, 2]
+    spans = [_Span([1], count * PAGE - 3, list(range(1, count + 1)), 1) for count in pages]
+    sizes = (4, 4, 6, units)
+    host = _Packed.over(np.full(_Packed.size(*sizes), -1, np.int32), *sizes)
+    _fill(host, spans, PAGE)
+    counts = [-(-count // chunk) for count in pages]
+    assert host.pages_1.tolist() == [chunk]
+    assert host.first_R1.tolist() == [0, *np.cumsum(counts)]
+    assert host.row_I[: sum(counts)].tolist() == [row for row, count in enumerate(counts) for _ in range(count)]
 
-    def attend(keys):
-        p = scores[..., keys].softmax(-1)
-        return torch.einsum("thk,khd->thd", p, values[keys]), scores[..., keys].logsumexp(-1)
 
-    own, run = attend(slice(6, 20)), attend(slice(0, 6))
-    expected, _ = attend(slice(0, 20))
-    run[0][3:] = float("nan")  # rows without a run
-    run[1][3], run[1][4] = float("inf"), float("nan")
-    within = torch.arange(5) < 3
-    got = attention.merge(own[0].float(), own[1].float(), run[0].float(), run[1].float(), within)
-    torch.testing.assert_close(got[:3].double(), expected[:3], atol=1e-5, rtol=1e-5)
-    assert torch.equal(got[3:], own[0][3:].float())
+def test_new_tokens_are_cut_into_tiles():
+    spans = [_Span([1] * count, 5, [1, 2, 3], 1) for count in (9, 1, 4)]
+    sizes = (14, 3, 3, 5)
+    host = _Packed.over(np.full(_Packed.size(*sizes), -1, np.int32), *sizes)
+    _fill(host, spans, PAGE, 4)
+    assert host.first_R1.tolist() == [0, 3, 4, 5]
+    assert host.row_I.tolist() == [0, 0, 0, 1, 2]
 
 
 def test_graphs_and_profile_do_nothing_on_cpu():
@@ -485,28 +490,31 @@ def test_attention_outside_a_step_says_so():
 
 
 def test_the_kernel_of_a_cpu_is_sdpa_and_the_reference_for_a_soft_cap():
-    assert attention.kernel_for("cpu", torch.float32) == "sdpa"
-    assert attention.kernel_for("cpu", torch.bfloat16) == "sdpa"
-    assert attention.kernel_for("cpu", torch.float32, CONFIGS["qwen3"]()) == "sdpa"
-    assert attention.kernel_for("cpu", torch.float32, CONFIGS["gemma2"]()) == "reference"
+    assert attention.kernels_for("cpu", torch.float32) == ["sdpa"]
+    assert attention.kernels_for("cpu", torch.bfloat16) == ["sdpa"]
+    assert attention.kernels_for("cpu", torch.float32, CONFIGS["qwen3"]()) == ["sdpa"]
+    assert attention.kernels_for("cpu", torch.float32, CONFIGS["gemma2"]()) == ["reference"]
     with pytest.raises(InputError, match="cuda or cpu"):
-        attention.kernel_for("meta", torch.float32)
+        attention.kernels_for("meta", torch.float32)
 
 
 def test_half_precision_without_a_kernel_names_the_install_command(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(attention, "_has_paged_varlen", lambda: True)
-    assert attention.kernel_for("cuda", torch.bfloat16) == "torch_varlen"
+    assert attention.kernels_for("cuda", torch.bfloat16) == ["torch_varlen"]
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name == "triton" or None)
+    assert attention.kernels_for("cuda", torch.bfloat16) == ["triton", "torch_varlen"]
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(attention, "_has_paged_varlen", lambda: False)
     with pytest.raises(InputError, match="pip install flash-attn"):
-        attention.kernel_for("cuda", torch.bfloat16)
-    assert attention.kernel_for("cuda", torch.float32) == "sdpa"
+        attention.kernels_for("cuda", torch.bfloat16)
+    assert attention.kernels_for("cuda", torch.float32) == ["sdpa"]
     with pytest.raises(InputError, match="float64"):
-        attention.kernel_for("cuda", torch.float64)
+        attention.kernels_for("cuda", torch.float64)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     with pytest.raises(InputError, match=r"7\.5"):
-        attention.kernel_for("cuda", torch.float16)
+        attention.kernels_for("cuda", torch.float16)
 
 
 def test_bf16_reference_runs():

@@ -4,7 +4,7 @@ from transformers import Gemma2Config, Qwen3Config
 
 from actors.engine import attention
 from actors.engine.kv import KVCache, kv_shapes
-from actors.engine.selfcheck import check_numbers
+from actors.engine.selfcheck import check_numbers, first_right
 from actors.errors import UnsupportedModel
 
 SHAPE = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "hidden_size": 64, "num_hidden_layers": 2}
@@ -35,3 +35,23 @@ def test_a_kernel_that_computes_something_else_is_refused(monkeypatch, config, f
         return
     with pytest.raises(UnsupportedModel, match="computes something else than attention"):
         check_numbers("flash_attn", kv, config)
+
+
+def test_the_first_kernel_that_is_right_is_taken(monkeypatch, caplog):
+    def broken(*args):
+        raise RuntimeError("no C compiler")
+
+    def noise(plan, q, *args):
+        return torch.randn_like(q)
+
+    monkeypatch.setitem(attention.KERNELS, "triton", broken)
+    monkeypatch.setitem(attention.KERNELS, "flash_attn", noise)
+    monkeypatch.setitem(attention.KERNELS, "torch_varlen", attention.KERNELS["reference"])
+    kv = KVCache(kv_shapes(CONFIGS[0]), 2, 256, torch.bfloat16, "cpu")
+    assert first_right(["triton", "flash_attn", "torch_varlen"], kv, CONFIGS[0]) == "torch_varlen"
+    assert "triton is not used: RuntimeError: no C compiler" in caplog.text
+    assert "flash_attn is not used: UnsupportedModel" in caplog.text
+    with pytest.raises(UnsupportedModel, match="computes something else"):
+        first_right(["triton", "flash_attn"], kv, CONFIGS[0])
+    with pytest.raises(UnsupportedModel, match="head dimension"):
+        first_right(["triton"], KVCache([(2, 48)], 2, 256, torch.bfloat16, "cpu"), CONFIGS[0])

@@ -4,50 +4,45 @@ After Flash-Decoding (Dao et al. 2023): keys are cut into chunks, each chunk giv
 its weight, and a last kernel merges them. What differs: the query heads that share a KV head are one tile, so that keys
 are read once for all of them and not padded to 64 queries; a row's chunks lie on page borders and a fixed number of
 programs takes them from a list, so that short and long rows fill the GPU alike; and a run that rows share is one more
-source of partial sums in the same merge, its keys read once for up to `_TILE` / G rows.
+source of partial sums in the same merge, its keys read once for up to `_TILE` / G rows, while another
+stream reads the rows' own pages.
 
 Knows nothing of who owns a page or of what a step is for. Shapes: B rows, H query heads, K KV heads, G = H/K, D head
 dimension, P pages, S tokens a page, N runs, I chunks of all rows.
 """
 
+# Triton's language has no types that a checker knows.
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOG2_E = 1.4426950408889634
-_PROGRAMS_SM = 4
-"""Of the kernel over the rows' own pages, a multiprocessor."""
+# Chosen on an H100. Of the programs of a multiprocessor about half are resident at a time.
 _OWN = {"BLOCK": 64, "num_warps": 4, "num_stages": 3}
-_RUN = {"BLOCK": 64, "num_warps": 4, "num_stages": 3}
-_TILE = 64
-"""Queries of a program over shared pages."""
-_RUN_PROGRAMS = 256
-
-
-@dataclass(slots=True)
-class Chunks:
-    """Who computes what over the rows' own pages.
-
-    Attributes:
-        row_I: int32, the row of each chunk; a row's chunks follow one another. Longer than there are chunks.
-        first_B1: int32 [B + 1], the first chunk of each row.
-        pages_1: int32 [1], pages a chunk.
-    """
-
-    row_I: Tensor
-    first_B1: Tensor
-    pages_1: Tensor
+_RUN = {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
+_OWN_PROGRAMS, _RUN_PROGRAMS = 8, 2
+_TILE = 64  # queries of a program over shared pages
 
 
 @dataclass(slots=True)
 class Runs:
-    """Runs of whole pages, see `attention.Shared`."""
+    """Runs of whole pages that several rows begin with; each is read once for all its rows.
+
+    The rows of a run follow one another in front of all that have none, and their own tables and lengths leave it out.
+
+    Attributes:
+        cu_q_N1: int32 [N + 1], running sums of the rows of each run.
+        cu_k_N1: int32 [N + 1], running sums of the runs' tokens.
+        table_NP: int32 page tables of the runs.
+    """
 
     cu_q_N1: Tensor
     cu_k_N1: Tensor
@@ -56,7 +51,7 @@ class Runs:
 
 @triton.jit
 def _online(scores, v, total, weight, top, keys):
-    """One block of keys more: the running sum, its weight and the largest score so far (base 2)."""
+    """One block of keys more: the running sum, its weight and the largest score so far, base 2."""
     new_top = tl.maximum(top, tl.max(scores, 1))
     # A query that has seen no key yet: -inf - -inf is not a number.
     safe = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -233,16 +228,15 @@ def attend(
     v_PSKD: Tensor,
     lens_B: Tensor,
     table_BP: Tensor,
-    chunks: Chunks,
+    chunk_row_I: Tensor,
+    first_chunk_B1: Tensor,
+    chunk_pages_1: Tensor,
     runs: Runs | None,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
     k_scale_PSK: Tensor | None = None,
     v_scale_PSK: Tensor | None = None,
-    own: dict[str, Any] | None = None,
-    run: dict[str, Any] | None = None,
-    programs: int | None = None,
 ) -> Tensor:
     """Attention of each row's last token over its run, if it has one, and its own pages. Launches only; CUDA graphs
     may capture it.
@@ -252,7 +246,10 @@ def attend(
         k_PSKD, v_PSKD: contiguous; of q's dtype, or int8 or fp8 with scales.
         lens_B: int32, tokens in the rows' own pages.
         table_BP: int32, the rows' own pages.
-        runs: rows of runs stand in front; their own keys all lie behind the run.
+        chunk_row_I: int32, the row of each chunk; a row's follow one another. May be longer than there are chunks.
+        first_chunk_B1: int32 [B + 1], the first chunk of each row.
+        chunk_pages_1: int32, pages of a chunk.
+        runs: their rows' own keys all lie behind them.
         window: of a row's own keys only the newest so many count; not together with runs.
         k_scale_PSK, v_scale_PSK: float32, what a token's quantised keys and values of a head are multiplied with.
 
@@ -263,42 +260,63 @@ def attend(
     page_tokens, kv_heads = k_PSKD.shape[1:3]
     share = heads // kv_heads
     group = triton.next_power_of_2(share)
-    capacity = len(chunks.row_I)
+    multiprocessors = _multiprocessors(q_BHD.device)
+    chunks = len(chunk_row_I)
     quantized = k_scale_PSK is not None
-    part_IHD = torch.empty(capacity, heads, dim, dtype=torch.float32, device=q_BHD.device)
-    sum_IH = torch.empty(capacity, heads, dtype=torch.float32, device=q_BHD.device)
+
+    def partial(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=q_BHD.device)
+
+    part_IHD, sum_IH = partial(chunks, heads, dim), partial(chunks, heads)
+    cache_of = (k_PSKD, v_PSKD, *((k_scale_PSK, v_scale_PSK) if quantized else (sum_IH, sum_IH)))
+    strides = (q_BHD.stride(0), q_BHD.stride(1), k_PSKD.stride(1))
     constants = {"H": heads, "K": kv_heads, "G": share, "D": dim, "S": page_tokens}
     constants |= {"CAPPED": softcap is not None, "QUANTIZED": quantized}
-    strides = (q_BHD.stride(0), q_BHD.stride(1), k_PSKD.stride(1))
-    scales = (k_scale_PSK, v_scale_PSK) if quantized else (sum_IH, sum_IH)
-    splits, run_part, run_sum = 0, part_IHD, sum_IH
+    count, splits, run_part, run_sum = 0, 0, part_IHD, sum_IH
+    # Runs are bound by arithmetic, own pages by memory: side by side they take little more than the second.
+    here, beside = _streams(q_BHD.device) if runs is not None else (None, None)
     if runs is not None:
-        tile = max(_TILE, 16, group)
+        count = len(runs.cu_q_N1) - 1
+        tile = max(_TILE, group)
         tiles = triton.cdiv(rows, tile // group)
-        splits = max(1, min(8, _RUN_PROGRAMS // (tiles * kv_heads)))
-        run_part = torch.empty(splits, rows, heads, dim, dtype=torch.float32, device=q_BHD.device)
-        run_sum = torch.empty(splits, rows, heads, dtype=torch.float32, device=q_BHD.device)
-        _run_kernel[(kv_heads, tiles, splits)](
-            q_BHD, k_PSKD, v_PSKD, *scales, run_part, run_sum, runs.table_NP, runs.cu_q_N1, runs.cu_k_N1,
-            rows, *strides, runs.table_NP.stride(0), scale, softcap or 1.0,
-            **constants, M=tile, GROUP=group, RUNS=len(runs.cu_q_N1) - 1, SPLITS=splits, **(run or _RUN),
-        )  # fmt: skip
-    count = programs or _programs(q_BHD.device.index or 0 if q_BHD.is_cuda else None)
-    _own_kernel[(min(count, capacity * kv_heads),)](
-        q_BHD, k_PSKD, v_PSKD, *scales, part_IHD, sum_IH, table_BP, lens_B, chunks.row_I, chunks.first_B1,
-        chunks.pages_1, rows, *strides, table_BP.stride(0), scale, softcap or 1.0, window or 0,
-        **constants, M=max(16, group), WINDOWED=window is not None, **(own or _OWN),
+        splits = max(1, min(8, _RUN_PROGRAMS * multiprocessors // (tiles * kv_heads)))
+        run_part, run_sum = partial(splits, rows, heads, dim), partial(splits, rows, heads)
+        if here is not None and beside is not None:
+            beside.wait_stream(here)
+        with torch.cuda.stream(beside):
+            _run_kernel[(kv_heads, tiles, splits)](
+                q_BHD, *cache_of, run_part, run_sum, runs.table_NP, runs.cu_q_N1, runs.cu_k_N1,
+                rows, *strides, runs.table_NP.stride(0), scale, softcap or 1.0,
+                **constants, M=tile, GROUP=group, RUNS=count, SPLITS=splits, **_RUN,
+            )  # fmt: skip
+    _own_kernel[(min(_OWN_PROGRAMS * multiprocessors, chunks * kv_heads),)](
+        q_BHD, *cache_of, part_IHD, sum_IH, table_BP, lens_B, chunk_row_I, first_chunk_B1, chunk_pages_1,
+        rows, *strides, table_BP.stride(0), scale, softcap or 1.0, window or 0,
+        **constants, M=max(16, group), WINDOWED=window is not None, **_OWN,
     )  # fmt: skip
+    if here is not None and beside is not None:
+        here.wait_stream(beside)
     out_BHD = torch.empty(rows, heads, dim, dtype=q_BHD.dtype, device=q_BHD.device)
     at_once = min(8, triton.next_power_of_2(heads))
     _merge_kernel[(rows, triton.cdiv(heads, at_once))](
-        part_IHD, sum_IH, run_part, run_sum, chunks.first_B1, runs.cu_q_N1 if runs else lens_B, out_BHD, rows,
-        H=heads, D=dim, HEADS=at_once, RUNS=len(runs.cu_q_N1) - 1 if runs else 0, SPLITS=splits, num_warps=2,
+        part_IHD, sum_IH, run_part, run_sum, first_chunk_B1, runs.cu_q_N1 if runs else lens_B, out_BHD, rows,
+        H=heads, D=dim, HEADS=at_once, RUNS=count, SPLITS=splits, num_warps=2,
     )  # fmt: skip
     return out_BHD
 
 
-def _programs(device: int | None) -> int:
-    if device is None:
-        return 8
-    return _PROGRAMS_SM * torch.cuda.get_device_properties(device).multi_processor_count
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream | None, torch.cuda.Stream | None]:
+    """The current stream, and another."""
+    if device.type != "cuda":
+        return None, None
+    return torch.cuda.current_stream(device), _beside(device)
+
+
+@cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -8,46 +8,50 @@ Knows nothing of who owns a page or of what a step is for. Shapes: T tokens, R r
 K KV heads, G = H/K, D head dimension, P pages, S tokens a page.
 """
 
-from __future__ import annotations
+# Triton's language has no types that a checker knows.
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
-from typing import Any
+from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _LOG2_E = 1.4426950408889634
-_SETTING = {"M": 128, "BLOCK": 64, "num_warps": 8, "num_stages": 3}
+# Chosen on an H100. Tiles of 128 queries are quicker but where rows have so few that most of a tile is padding.
+_SETTING = {"BLOCK": 64, "num_warps": 4, "num_stages": 3}
+_TILE, _SMALL_TILE = 128, 64
 
 
 @triton.jit
 def _block(
-    tile, q_position, total, weight, top, k, v, k_scale, v_scale, slot, key, head, end, scale, softcap, window, k_slot,
-    K: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+    tile, position, total, weight, top, k, v, k_scale, v_scale, slot, at, head, end, scale, softcap, window,
+    K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
     CAPPED: tl.constexpr, WINDOWED: tl.constexpr, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys more."""
-    d = tl.arange(0, D)
-    where = slot * k_slot + head * D
-    if MASKED:
-        k_DN = tl.load(k + where[None, :] + d[:, None], mask=key[None, :] < end, other=0.0)
-    else:
-        k_DN = tl.load(k + where[None, :] + d[:, None])
-    scores = tl.dot(tile, k_DN.to(tile.dtype))
+    """One block of keys more: the running sum, its weight and the largest score so far, base 2."""
+    n = tl.arange(0, BLOCK)
+    k_ND = k.load([slot, head * D])
+    v_ND = v.load([slot, head * D])
+    scores = tl.dot(tile, k_ND.to(tile.dtype).T)
     if QUANTIZED:
-        scores = scores * tl.load(k_scale + slot * K + head, mask=key < end, other=0.0)[None, :]
+        scores = scores * tl.load(k_scale + (slot + n) * K + head)[None, :]
+    base = scale
     if CAPPED:
-        # `scale` is that of the scores here, and log2(e) elsewhere.
+        # `scale` is that of the scores here, and includes log2(e) elsewhere.
         scores = softcap * (2 * tl.sigmoid(2 * scores * scale / softcap) - 1)
         base = 1.4426950408889634
-    else:
-        base = scale
     if MASKED:
-        seen = (key[None, :] <= q_position[:, None]) & (key[None, :] < end)
+        key = at + n
+        seen = key[None, :] <= position[:, None]
         if WINDOWED:
-            seen = seen & (key[None, :] > q_position[:, None] - window)
+            seen = seen & (key[None, :] > position[:, None] - window)
         scores = tl.where(seen, scores, float("-inf"))
+        # What an earlier owner of the page left may be infinite, and 0 · inf is not 0.
+        v_ND = tl.where((key < end)[:, None], v_ND, 0.0)
     new_top = tl.maximum(top, tl.max(scores, 1) * base)
     safe = new_top
     if MASKED:
@@ -56,21 +60,19 @@ def _block(
     p = tl.exp2(scores * base - safe[:, None])
     shrink = tl.exp2(top - safe)
     weight = weight * shrink + tl.sum(p, 1)
-    total = total * shrink[:, None]
-    if MASKED:
-        v_ND = tl.load(v + where[:, None] + d[None, :], mask=key[:, None] < end, other=0.0)
-    else:
-        v_ND = tl.load(v + where[:, None] + d[None, :])
     if QUANTIZED:
-        p = p * tl.load(v_scale + slot * K + head, mask=key < end, other=0.0)[None, :]
-    total = tl.dot(p.to(tile.dtype), v_ND.to(tile.dtype), total)
+        of_v = tl.load(v_scale + (slot + n) * K + head)
+        if MASKED:
+            of_v = tl.where(at + n < end, of_v, 0.0)
+        p = p * of_v[None, :]
+    total = tl.dot(p.to(tile.dtype), v_ND.to(tile.dtype), total * shrink[:, None])
     return total, weight, new_top
 
 
 @triton.jit
 def _kernel(
     q, k, v, k_scale, v_scale, out, table, cu_q, lens, tile_row, first_tile,
-    q_token, q_head, k_slot, width, scale, softcap, window,
+    q_token, q_head, width, scale, softcap, window,
     H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
     M: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     CAPPED: tl.constexpr, WINDOWED: tl.constexpr, QUANTIZED: tl.constexpr,
@@ -85,7 +87,6 @@ def _kernel(
     start = tl.load(lens + row) - new
     m = tl.arange(0, M)
     d = tl.arange(0, D)
-    n = tl.arange(0, BLOCK)
     query = at_query + m // GROUP
     heads = head * G + m % GROUP
     mask = (query < new) & (m % GROUP < G)
@@ -103,25 +104,27 @@ def _kernel(
         low = tl.maximum(start + at_query - window + 1, 0) // BLOCK * BLOCK
         whole = low
     for at in tl.range(low, whole, BLOCK):
-        page = tl.load(table + row * width + at // S).to(tl.int64)
+        slot = tl.load(table + row * width + at // S) * S + at % S
         total, weight, top = _block(
-            tile, position, total, weight, top, k, v, k_scale, v_scale, page * S + at % S + n, at + n, head, end,
-            scale, softcap, window, k_slot, K, D, False, CAPPED, WINDOWED, QUANTIZED,
+            tile, position, total, weight, top, k, v, k_scale, v_scale, slot, at, head, end, scale, softcap, window,
+            K, D, BLOCK, False, CAPPED, WINDOWED, QUANTIZED,
         )  # fmt: skip
     for at in tl.range(whole, end, BLOCK):
-        page = tl.load(table + row * width + at // S).to(tl.int64)
+        slot = tl.load(table + row * width + at // S) * S + at % S
         total, weight, top = _block(
-            tile, position, total, weight, top, k, v, k_scale, v_scale, page * S + at % S + n, at + n, head, end,
-            scale, softcap, window, k_slot, K, D, True, CAPPED, WINDOWED, QUANTIZED,
+            tile, position, total, weight, top, k, v, k_scale, v_scale, slot, at, head, end, scale, softcap, window,
+            K, D, BLOCK, True, CAPPED, WINDOWED, QUANTIZED,
         )  # fmt: skip
     y = total / tl.where(weight > 0, weight, 1.0)[:, None]
     where = (token * H + heads)[:, None] * D + d[None, :]
     tl.store(out + where, y.to(out.dtype.element_ty), mask=mask[:, None])
 
 
-def queries_a_tile(heads: int, kv_heads: int, setting: dict[str, Any] | None = None) -> int:
-    """Query tokens of one program."""
-    return (setting or _SETTING)["M"] // triton.next_power_of_2(heads // kv_heads)
+def queries_a_tile(heads: int, kv_heads: int, tokens: int, rows: int) -> int:
+    """Query tokens of one tile in a step of so many tokens and rows."""
+    group = triton.next_power_of_2(heads // kv_heads)
+    fits = tokens >= 4 * rows * (_TILE // group)
+    return max(1, (_TILE if fits else _SMALL_TILE) // group)
 
 
 def attend(
@@ -133,12 +136,12 @@ def attend(
     table_RP: Tensor,
     tile_row_I: Tensor,
     first_tile_R1: Tensor,
+    queries: int,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
     k_scale_PSK: Tensor | None = None,
     v_scale_PSK: Tensor | None = None,
-    setting: dict[str, Any] | None = None,
 ) -> Tensor:
     """Causal attention of each row's new tokens, the last ones of its sequence, over all of it.
 
@@ -148,8 +151,9 @@ def attend(
         cu_q_R1: int32, running sums of the rows' new tokens.
         lens_R: int32, tokens of each row, the new ones included.
         table_RP: int32 page tables.
-        tile_row_I: int32, the row of each tile of `queries_a_tile` new tokens; exactly as many as there are.
+        tile_row_I: int32, the row of each tile of `queries` new tokens; exactly as many as there are.
         first_tile_R1: int32, the first tile of each row.
+        queries: see `queries_a_tile`.
         window: a query sees itself and the `window` - 1 keys before it.
         k_scale_PSK, v_scale_PSK: float32, what a token's quantised keys and values of a head are multiplied with.
 
@@ -160,13 +164,17 @@ def attend(
     page_tokens, kv_heads = k_PSKD.shape[1:3]
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     quantized = k_scale_PSK is not None
+    group = triton.next_power_of_2(heads // kv_heads)
+    k, v = (
+        TensorDescriptor.from_tensor(cache.view(-1, kv_heads * dim), [_SETTING["BLOCK"], dim])
+        for cache in (k_PSKD, v_PSKD)
+    )
+    scales = (k_scale_PSK, v_scale_PSK) if quantized else (lens_R, lens_R)
     _kernel[(kv_heads, len(tile_row_I))](
-        q_THD, k_PSKD, v_PSKD, k_scale_PSK if quantized else lens_R, v_scale_PSK if quantized else lens_R, out_THD,
-        table_RP, cu_q_R1, lens_R, tile_row_I, first_tile_R1,
-        q_THD.stride(0), q_THD.stride(1), k_PSKD.stride(1), table_RP.stride(0),
+        q_THD, k, v, *scales, out_THD, table_RP, cu_q_R1, lens_R, tile_row_I, first_tile_R1,
+        q_THD.stride(0), q_THD.stride(1), table_RP.stride(0),
         scale if softcap is not None else scale * _LOG2_E, softcap or 1.0, window or 0,
-        H=heads, K=kv_heads, G=heads // kv_heads, D=dim, S=page_tokens,
-        GROUP=triton.next_power_of_2(heads // kv_heads),
-        CAPPED=softcap is not None, WINDOWED=window is not None, QUANTIZED=quantized, **(setting or _SETTING),
+        H=heads, K=kv_heads, G=heads // kv_heads, D=dim, S=page_tokens, M=queries * group, GROUP=group,
+        CAPPED=softcap is not None, WINDOWED=window is not None, QUANTIZED=quantized, **_SETTING,
     )  # fmt: skip
     return out_THD

@@ -1,12 +1,10 @@
-"""Decode attention by itself: the Triton kernels against FlashAttention-2 and against the bytes that must be read.
+"""Attention by itself: the Triton kernels against FlashAttention-2 and against the bytes that must be read.
 
 Rows of drawn lengths behind a prefix that all share, in two layers of pages by turns, so that no read comes from the
 cache. `floor_us` is the rows' own keys and values over the device's copy rate. `error` is that against fp32, relative.
-With `--sweep` block sizes, warps, stages, programs and chunk sizes are tried, which is how those in
-`actors/engine/decode.py` were chosen.
+Prefill likewise: follow-ups of a few hundred tokens behind long contexts, questions behind a prefix, long prompts.
 
-    python -m bench.decode_attention --out bench/results/decode_attention.json
-    python -m bench.decode_attention --sweep
+    python -m bench.attention --out bench/results/attention.json
 """
 
 from __future__ import annotations
@@ -16,13 +14,15 @@ import itertools
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from actors.engine import decode
 from actors.engine.attention import _flash_attn
+from actors.engine.kernels import decode, prefill
+from actors.engine.runner import _chunks
 from bench.common import device_info, measured_rates, print_table, write_json
 
 PAGE_TOKENS = 256
@@ -66,27 +66,24 @@ class Case:
         tokens = prefix_pages * PAGE_TOKENS
         self.cu_q_N1, self.cu_k_N1 = ints([0, len(own), *none]), ints([0, *[tokens] * RUNS])
         self.table_NP = ints([self.prefix + [0] * (width - prefix_pages)] * RUNS)
+        sizes = (size for size in itertools.count(1) if sum(-(-count // size) for count in counts) <= _chunks(len(own)))
+        self.cut = self.chunks(next(sizes))
 
-    def chunks(self, pages: int) -> decode.Chunks:
+    def chunks(self, pages: int) -> tuple[Tensor, Tensor, Tensor]:
         """The rows' own pages in chunks of so many."""
         counts = [-(-len(table) // pages) for table in self.tables]
         rows = [row for row, count in enumerate(counts) for _ in range(count)]
-        first = [0, *itertools.accumulate(counts)]
 
         def ints(values: Any) -> Tensor:
             return torch.tensor(values, dtype=torch.int32, device=self.q_BHD.device)
 
-        return decode.Chunks(ints(rows), ints(first), ints([pages]))
+        return ints(rows), ints([0, *itertools.accumulate(counts)]), ints([pages])
 
-    def triton(self, layer: int, pages: int = 1, shared: bool = True, **options: Any) -> Tensor:
-        """Ours."""
+    def triton(self, layer: int, shared: bool = True) -> Tensor:
+        """Ours, in chunks as the engine cuts them."""
         runs = decode.Runs(self.cu_q_N1, self.cu_k_N1, self.table_NP) if shared else None
-        k_PSKD, v_PSKD = self.layers[layer]
-        lens_B, table_BP = self.lens_B, self.table_BP
         scale = self.heads[2] ** -0.5
-        return decode.attend(
-            self.q_BHD, k_PSKD, v_PSKD, lens_B, table_BP, self.chunk_sizes[pages], runs, scale, **options
-        )
+        return decode.attend(self.q_BHD, *self.layers[layer], self.lens_B, self.table_BP, *self.cut, runs, scale)
 
     def flash(self, layer: int) -> Tensor:
         """FlashAttention over the whole contexts."""
@@ -152,80 +149,92 @@ def microseconds(fn: Callable[[int], Any], repeats: int = 20) -> float:
     return statistics.median(times)
 
 
+def prefill_rows(heads: tuple[int, int, int], new: Sequence[int], start: Sequence[int]) -> list[dict[str, Any]]:
+    """Both kernels over rows of `new` tokens behind `start` others."""
+    q_heads, kv_heads, dim = heads
+    noise = torch.Generator("cuda").manual_seed(0)
+    lengths = [a + b for a, b in zip(new, start, strict=True)]
+    counts = [-(-length // PAGE_TOKENS) for length in lengths]
+    free = itertools.count(1)
+    tables = [[next(free) for _ in range(count)] for count in counts]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=noise, device="cuda", dtype=torch.bfloat16)
+
+    def ints(values: Any) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+    def sums(values: Sequence[int]) -> Tensor:
+        return ints([0, *itertools.accumulate(values)])
+
+    layers = [tuple(draw(1 + sum(counts), PAGE_TOKENS, kv_heads, dim) for _ in range(2)) for _ in range(2)]
+    q_THD = draw(sum(new), q_heads, dim) * 4
+    table_RP = ints([table + [0] * (max(counts) - len(table)) for table in tables])
+    cu_q_R1, lens_R, cu_k_R1 = sums(new), ints(lengths), sums(lengths)
+    queries = prefill.queries_a_tile(q_heads, kv_heads, sum(new), len(new))
+    tiles = [-(-count // queries) for count in new]
+    row_I = ints([row for row, count in enumerate(tiles) for _ in range(count)])
+    rows = (cu_q_R1, lens_R, table_RP, row_I, sums(tiles), queries)
+
+    def ours(layer: int) -> Tensor:
+        return prefill.attend(q_THD, *layers[layer], *rows, dim**-0.5)
+
+    def flash(layer: int) -> Tensor:
+        options = {"causal": True, "block_table": table_RP}
+        return _flash_attn()[0](q_THD, *layers[layer], cu_q_R1, cu_k_R1, max(new), max(lengths), **options)
+
+    flop = sum(4 * q_heads * dim * (n * s + n * (n + 1) / 2) for n, s in zip(new, start, strict=True))
+    difference = float((ours(0).float() - flash(0).float()).norm() / flash(0).float().norm())
+    times = {"flash": microseconds(flash, 10), "triton": microseconds(ours, 10)}
+    base = {"rows": len(new), "new tokens": sum(new), "context tokens": sum(start)}
+    return [
+        base | {"what": name, "us": us, "tflop_s": flop / us / 1e6, "difference": difference}
+        for name, us in times.items()
+    ]
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", action="store_true", help="try settings on the largest case")
     parser.add_argument("--out", help="JSON file to write")
     args = parser.parse_args()
-    torch.set_float32_matmul_precision("highest")
     rates = measured_rates("cuda")
-    results: list[dict[str, Any]] = []
-    work = [("8b", 6, 256, 200), ("8b", 6, 256, 700), ("8b", 6, 64, 700), ("8b", 6, 16, 700), ("8b", 6, 1, 700)]
+    decoded: list[dict[str, Any]] = []
+    work = [("8b", 6, 256, 200), ("8b", 6, 256, 700), ("8b", 6, 64, 700), ("8b", 6, 16, 700), ("8b", 6, 2, 700)]
     work += [("1.7b", 6, 256, 700), ("tp2 of 8b", 6, 256, 700), ("head 64", 6, 256, 700)]
     for shape, prefix_pages, rows, mean in work:
-        draw = random.Random(1)
-        own = [draw.randint(max(1, mean // 2), mean * 3 // 2) for _ in range(rows)]
+        drawn = random.Random(1)
+        own = [drawn.randint(mean // 2, mean * 3 // 2) for _ in range(rows)]
         case = Case(HEADS[shape], prefix_pages, own)
-        case.chunk_sizes = {pages: case.chunks(pages) for pages in (1, 2, 4)}
         _, kv_heads, dim = case.heads
         floor_us = sum(own) * kv_heads * dim * 4 / rates["copy_bytes_s"] * 1e6
         wanted = case.expected(0)
         base = {"shape": shape, "rows": rows, "own tokens": sum(own), "floor_us": floor_us}
         for name, call in (
             ("flash", case.flash),
-            ("flash, prefix once", case.flash_shared),
+            ("flash, prefix once, not merged", case.flash_shared),
             ("triton", case.triton),
-            ("triton, own pages alone", lambda layer, case=case: case.triton(layer, shared=False)),
+            ("triton, own pages alone", partial(case.triton, shared=False)),
         ):
-            out = call(0)
-            error = None
+            out, error = call(0), None
             if name in ("flash", "triton"):
                 error = float((out.reshape(wanted.shape).float() - wanted).norm() / wanted.norm())
-            results.append(base | {"what": name, "us": microseconds(call), "error": error})
-            print(results[-1], flush=True)
-        if args.sweep and (rows, mean) == (256, 700) and shape == "8b":
-            sweep(case)
+            decoded.append(base | {"what": name, "us": microseconds(call), "error": error})
         del case, wanted
         torch.cuda.empty_cache()
-    print_table("decode attention, a layer", results)
+    print_table("decode, a layer", decoded)
+    prefilled: list[dict[str, Any]] = []
+    for shape in ("8b", "1.7b", "head 64"):
+        drawn = random.Random(0)
+        follow_ups = [drawn.randint(130, 360) for _ in range(28)], [drawn.randint(1740, 3000) for _ in range(28)]
+        for new, start in (follow_ups, ([40] * 180, [1700] * 180), ([2000] * 4, [0] * 4)):
+            prefilled += [{"shape": shape} | row for row in prefill_rows(HEADS[shape], new, start)]
+    print_table("prefill, a layer", prefilled)
     workload = {"page_tokens": PAGE_TOKENS, "own": "uniform, half to one and a half of the mean"}
+    results = [{"step": "decode"} | row for row in decoded] + [{"step": "prefill"} | row for row in prefilled]
     write_json(
-        args.out, "decode_attention", device=device_info("cuda") | rates, workload=workload, results=results, summary={}
+        args.out, "attention", device=device_info("cuda") | rates, workload=workload, results=results, summary={}
     )
-
-
-def sweep(case: Case) -> None:
-    """Settings of both kernels, each alone."""
-    found: list[dict[str, Any]] = []
-    multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
-
-    def attempt(kernel: str, call: Callable[[int], Any], **setting: Any) -> None:
-        try:
-            found.append({"kernel": kernel, "us": microseconds(call, 10)} | setting)
-        except Exception as e:  # a setting that the chip has no room for
-            print(kernel, setting, type(e).__name__, str(e)[:80], flush=True)
-
-    for block, warps, stages in itertools.product((32, 64, 128), (2, 4), (2, 3, 4)):
-        options = {"BLOCK": block, "num_warps": warps, "num_stages": stages}
-        for pages, programs in ((1, 4), (2, 4), (1, 8), (2, 2)) if (block, stages) != (128, 4) else ((1, 2),):
-            attempt(
-                "own",
-                lambda layer, o=options, p=pages, n=programs: case.triton(
-                    layer, p, shared=False, own=o, programs=n * multiprocessors
-                ),
-                **options, pages=pages, programs=programs,
-            )  # fmt: skip
-    for tile, block, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (2, 3)):
-        options = {"BLOCK": block, "num_warps": warps, "num_stages": stages}
-        decode._TILE = tile
-        for programs in (256, 512):
-            decode._RUN_PROGRAMS = programs
-            attempt("both", lambda layer, o=options: case.triton(layer, run=o), tile=tile, **options, programs=programs)
-    decode._TILE, decode._RUN_PROGRAMS = 64, 256
-    for kernel in ("own", "both"):
-        mine = sorted((row for row in found if row["kernel"] == kernel), key=lambda row: row["us"])
-        print_table(f"{kernel}: best of {len(mine)}", mine[:12])
 
 
 if __name__ == "__main__":
