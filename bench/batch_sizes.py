@@ -6,7 +6,7 @@ One engine serves every setting in turn, in the same pool:
                    start from a prior and learn from the rows that end (pipeline/footprint.py); engine defaults
     keep           the same, but no waiting row's place is given up, however long its tool takes
     8, 16, 32, …   so many trajectories at once, in the order they stand; the engine preempts where pages are short
-    generate 64, … `model.generate` over batches of so many, in as much memory as the engine's weights and pool take
+    generate 64, … `model.generate` over batches of so many, in the memory of weights and pool, and 2 GiB
 
 Two workloads, of the same lengths: `calls` follow one another at once, or after `waits` for a tool. Of three kinds of
 questions (a suite's `report_by` field, which forecasts learn by) some want two calls and some twenty, with a twelvefold
@@ -458,7 +458,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for size in filter(None, args.generate_sizes.split(",")):
         fraction = None
         if cuda:
-            fraction = (weights_bytes + pool_bytes) / torch.cuda.get_device_properties(args.device).total_memory
+            total_bytes = torch.cuda.get_device_properties(args.device).total_memory
+            fraction = (weights_bytes + pool_bytes + (2 << 30)) / total_bytes
         record("generate", run_generate(int(size), jobs_of("calls", "generate"), fraction, args))
     print_table(f"{args.shape}, {pages} pages", [row | {"repeat": None} for row in rows])
     print_table("summary", [{"workload": name} | found for name, found in document["summary"].items()])

@@ -5,8 +5,8 @@ Each setting runs in a process of its own, since cuBLAS's workspaces and the CUD
 engine is built, which profiles its steps, then a full batch of prompts longer than a prefill step goes through it with
 top-p sampling and log-probabilities. `slack` is what the device holds at the end beyond the other components. The goal:
 each component within 10 % or 200 MiB, and all but the KV pool within 5 %. The GPU must be idle otherwise; this process
-takes no context on it. The result is written after each setting. Layers are compiled as a run has them, which takes each
-model and dtype longest the first time.
+takes no context on it. The result is written after each setting. Layers are compiled, as in a run: the first setting of
+a model and dtype takes longest.
 
     python -m bench.memory_model --out bench/results/memory_model.json
     python -m bench.memory_model --shapes tiny --device cpu --settings float32:64:4:graphs
