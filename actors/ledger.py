@@ -348,7 +348,7 @@ class Reporter:
         self.device_bytes = device_bytes
         self.residents: dict[str, Resident] = {}
         self.running: Counter[str] = Counter()
-        self.prefilled, self.prefill_s = 0, 0.0
+        self.prefilled, self.prefill_gpu_s = 0, 0.0
         self.metrics = ReplicaMetrics(pool, replica)
         self.device: DeviceBytes | None = None
         self._task: asyncio.Task[None] | None = None
@@ -376,7 +376,7 @@ class Reporter:
         if call.row_id in self.residents:
             self.residents[call.row_id] = Resident(call.row_id, call.suite, tokens)
         self.prefilled += usage.prefilled
-        self.prefill_s += usage.prefill_s
+        self.prefill_gpu_s += usage.prefill_gpu_s
 
     def end(self, row_id: str) -> None:
         """A row is over."""
@@ -385,14 +385,15 @@ class Reporter:
     def report(self, *, all_residents: bool = False) -> Report:
         """What to say now."""
         sizes = self.engine.capacity()
-        known = self.prefilled >= 10_000 and self.prefill_s > 0
+        known = self.prefilled >= 10_000 and self.prefill_gpu_s > 0
+        pool_tokens = sizes.pages_total * sizes.page_tokens
         return Report(
             pool=self.pool,
             replica=self.replica,
             pages=sizes.pages_total,
             page_tokens=sizes.page_tokens,
             slots=slots(sizes),
-            refill_s=sizes.pages_total * sizes.page_tokens * self.prefill_s / self.prefilled if known else math.inf,
+            refill_s=pool_tokens * self.prefill_gpu_s / self.prefilled if known else math.inf,
             residents=tuple(self.residents.values()) if all_residents else None,
         )
 

@@ -138,6 +138,7 @@ class Usage:
         prefill_s: seconds from admission to the first token.
         decode_s: seconds from the first token to the last.
         gpu_s: the row's share of the engine's busy seconds.
+        prefill_gpu_s: of them those until its first token; rows that are prefilled together share them.
     """
 
     prompt_tokens: int = 0
@@ -152,6 +153,7 @@ class Usage:
     decode_s: float = 0.0
     gpu_s: float = 0.0
     forced: int = 0
+    prefill_gpu_s: float = 0.0
 
     def plus(self, other: Usage) -> Usage:
         """Both together: the longest prompt, the highest peaks, sums of the rest."""
@@ -165,6 +167,7 @@ class Usage:
             preemptions=self.preemptions + other.preemptions,
             queue_s=self.queue_s + other.queue_s,
             prefill_s=self.prefill_s + other.prefill_s,
+            prefill_gpu_s=self.prefill_gpu_s + other.prefill_gpu_s,
             decode_s=self.decode_s + other.decode_s,
             gpu_s=self.gpu_s + other.gpu_s,
             forced=self.forced + other.forced,

@@ -3,8 +3,10 @@
 A replica takes one more trajectory where P(pages of its residents > its pool) ≤ 1 % at every step ahead. The pages
 of a resident h steps ahead are a random variable: what it will have grown to, or nothing if it has ended by then, as
 its forecast says, conditioned on its tokens so far. Its first three cumulants add up over residents, and the sum's
-quantile is that of a gamma distribution that has them (Wilson and Hilferty 1931). LightLLM's peak formula (Gong et al.
-2025, "past-future scheduler", §3) looks ahead the same way with one number for each request; ours keeps the spread.
+quantile is that of a gamma distribution that has them (Wilson and Hilferty 1931). That distribution is smooth, and the
+pages of few rows, or of one that comes to fill the pool in 2 of 100 cases, are not: there the rows that skew the sum
+are convolved one by one, and only the others are taken for a gamma's. LightLLM's peak formula (Gong et al. 2025,
+"past-future scheduler", §3) looks ahead the same way with one number for each request; ours keeps the spread.
 Steps are the clock: a row that waits for its tool does not step, so it stands still.
 
 Knows nothing of engines, agents and transports. Not thread-safe.
@@ -16,6 +18,7 @@ import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -29,11 +32,17 @@ Ints = NDArray[np.int64]
 
 HORIZONS = np.array([0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32], np.float64)  # steps ahead
 SIGMAS = 2.6  # 1 % for the largest of the horizons together, measured; one alone would need 2.33
+RISK = 0.01
+SKEWED = 1.0  # a gamma distribution with less skewness is close enough to any sum of rows
+GIANTS = 16  # rows that are convolved one by one
+BINS = 128  # that a pool is divided into to convolve them
 _UNIT = 256  # cumulants are integers of 1/256, so that what is charged and released cancels exactly
 _STEPS_OF_PRIOR = 2.0  # a row's own growth counts as much as its forecast's after this many steps
 LEVELS = (0.0, *FORECAST_LEVELS)
 """Probabilities of `quantiles_of`."""
 _LEVELS = np.array(LEVELS)
+_Z = np.linspace(-6, 6, 1201)
+_TAIL = np.array([NormalDist().cdf(-z) for z in _Z.tolist()])  # of a normal distribution, above _Z
 
 
 def quantiles_of(forecast: Forecast) -> tuple[float, ...]:
@@ -51,18 +60,18 @@ def survival(tokens_BH: Floats, quantiles_BK: Floats) -> Floats:
     """P(peak > tokens) under peaks with these quantiles at LEVELS, linear between them."""
     above_BH = (tokens_BH[:, :, None] >= quantiles_BK[:, None, :]).sum(2)
     last = quantiles_BK.shape[1] - 1
-    low_BH = np.clip(above_BH - 1, 0, last - 1)
+    low_BH = np.minimum(np.maximum(above_BH - 1, 0), last - 1)
     left_BH, right_BH = np.take_along_axis(quantiles_BK, low_BH, 1), np.take_along_axis(quantiles_BK, low_BH + 1, 1)
-    part_BH = np.clip((tokens_BH - left_BH) / np.maximum(right_BH - left_BH, 1e-9), 0.0, 1.0)
+    part_BH = np.minimum(np.maximum((tokens_BH - left_BH) / np.maximum(right_BH - left_BH, 1e-9), 0.0), 1.0)
     p_BH = _LEVELS[low_BH]
     cdf_BH = np.where(above_BH == 0, 0.0, p_BH + part_BH * (_LEVELS[low_BH + 1] - p_BH))
     return 1.0 - cdf_BH
 
 
-def demand(
+def outlook(
     tokens_B: Floats, growth_B: Floats, quantiles_BK: Floats, shared_pages_B: Floats, page_tokens: int
-) -> NDArray[np.int64]:
-    """Cumulants of the pages that rows of `tokens` have at each horizon, [B, 3, H] in 1/256 pages.
+) -> Floats:
+    """The pages that rows of `tokens` have at each horizon if they have not ended, and the chance of that, [B, 2, H].
 
     Args:
         tokens_B: transcript now.
@@ -80,7 +89,12 @@ def demand(
     known_B1 = alive_BH[:, :1]
     # Past all that was forecast it may end at any step.
     alive_BH = np.where(known_B1 > 1e-6, alive_BH / np.maximum(known_B1, 1e-6), 0.5**HORIZONS)
-    pages_BH = np.maximum(np.ceil(size_BH / page_tokens) - shared_pages_B[:, None], 1.0)
+    return np.stack([np.maximum(np.ceil(size_BH / page_tokens) - shared_pages_B[:, None], 1.0), alive_BH], 1)
+
+
+def demand(outlook_B2H: Floats) -> Ints:
+    """Cumulants of the pages of rows at each horizon, [B, 3, H] in 1/256 pages."""
+    pages_BH, alive_BH = outlook_B2H[:, 0], outlook_B2H[:, 1]
     left_BH = 1.0 - alive_BH
     first = pages_BH * alive_BH
     second = pages_BH * first * left_BH
@@ -90,12 +104,58 @@ def demand(
 
 def needed(cumulants: NDArray[np.int64]) -> Any:
     """Pages that [..., 3, H] summed cumulants exceed with a probability of 1 %."""
-    first, second, third = (cumulants[..., i, :] / _UNIT for i in range(3))
+    first, second, third = np.moveaxis(cumulants / _UNIT, -2, 0)
     deviation = np.sqrt(second)
     # Far ahead few rows are left, each with a small chance to be large: no expansion around a normal holds there.
     skew = np.maximum(third / np.maximum(deviation, 0.01) ** 3, 1e-3)
     factor = 2 / skew * (np.maximum(1 + skew / 6 * (SIGMAS - skew / 6), 0) ** 3 - 1)
     return (first + factor * deviation).max(-1)
+
+
+def _tail(pages: Floats, cumulants: Floats) -> Floats:
+    """P(X > pages), [H, N], where X has a gamma distribution with cumulants [3, H]."""
+    first, second, third = (cumulants[i][:, None] for i in range(3))
+    deviation = np.maximum(np.sqrt(np.maximum(second, 0.0)), 0.01)
+    skew = np.maximum(third / deviation**3, 1e-3)
+    root = np.cbrt(np.maximum(skew / 2 * (pages - first) / deviation + 1, 0.0))
+    return np.where(root > 0, np.interp(6 / skew * (root - 1) + skew / 6, _Z, _TAIL), 1.0)
+
+
+def doubtful(cumulants: NDArray[np.int64], rows: int, limit: float) -> NDArray[np.bool_]:
+    """Horizons at which `needed` may err about a pool of `limit` pages: rows are few or their sum is skewed, and its
+    mean and deviation alone (Cantelli's inequality) do not say that it stays within."""
+    first, second, third = cumulants / _UNIT
+    coarse = (third > SKEWED * np.maximum(second, 0.0) ** 1.5) | (rows <= GIANTS)
+    return coarse & (RISK * np.maximum(limit - first, 0.0) ** 2 < (1 - RISK) * second)
+
+
+def overflow(outlook_B2H: Floats, others: NDArray[np.int64], limit: float) -> float:
+    """P(pages > limit) of these rows and of others whose summed cumulants are [3, H], at the worst horizon.
+
+    The pool is divided into bins; a row that ends between two is there and there in part, so that its mean is kept.
+    """
+    unit = max(1.0, limit / BINS)
+    bins = int(limit / unit) + 1
+    pages_BH, alive_BH = np.minimum(outlook_B2H[:, 0] / unit, bins), outlook_B2H[:, 1]
+    low_BH = np.floor(pages_BH)
+    upper_BH = alive_BH * (pages_BH - low_BH)
+    at_N = np.arange(bins)
+    width = 2 * bins + 1  # below zero pages there is nothing
+    horizons = outlook_B2H.shape[2]
+    padded_HW = np.zeros((horizons, width))
+    padded_HW[:, bins + 1] = 1.0
+    chance_HN = padded_HW[:, bins + 1 :]
+    at_HN = (np.arange(horizons) * width + bins + 1)[:, None] + at_N
+    for low_H, alive_H, upper_H in zip(low_BH.astype(np.int64), alive_BH, upper_BH, strict=True):
+        from_HN = at_HN - low_H[:, None]
+        added_HN = (alive_H - upper_H)[:, None] * padded_HW.take(from_HN)
+        if unit > 1:
+            added_HN += upper_H[:, None] * padded_HW.take(from_HN - 1)
+        chance_HN *= (1 - alive_H)[:, None]
+        chance_HN += added_HN
+    left_N = limit + unit * (0.5 - at_N.astype(np.float64))
+    within_HN = chance_HN * (1 - _tail(left_N, others / _UNIT))
+    return float(1 - within_HN.sum(1).min())
 
 
 def keeps(waited_s: Floats, past_waits_s: Floats, refill_s: Floats | float) -> NDArray[np.bool_]:
@@ -145,6 +205,7 @@ class Pool:
         self.is_held = np.zeros(0, np.bool_)
         self.charged = np.zeros((0, 3, len(HORIZONS)), np.int64)
         self.room = np.zeros(0)  # pages left under the bound; -1 where closed
+        self.refused = np.zeros(0)  # pages of the smallest row that had room and was too much of a risk
         # prompts that rows have in common: (suite, tokens) → index into refs
         self.prefixes: dict[tuple[str, int], int] = {}
         self.prefix_pages = np.zeros(0)
@@ -162,6 +223,7 @@ class Pool:
         self.tokens, self.prompt, self.growth = np.zeros(0), np.zeros(0), np.zeros(0)
         self.steps = np.zeros(0)
         self.quantiles = np.zeros((0, len(LEVELS)))
+        self.outlook = np.zeros((0, 2, len(HORIZONS)))
         self.cumulants = np.zeros((0, 3, len(HORIZONS)), np.int64)
         self.deadline_s, self.asked_s = np.zeros(0), np.zeros(0)
         self.waiting_since_s = np.zeros(0)  # for its tool; inf while it computes
@@ -210,7 +272,7 @@ class Pool:
         r = len(self.replica_ids)
         more = max(8, r)
         self.replica_ids += [None] * more
-        for name in ("pages", "slots", "refill_s", "shared", "residents", "is_held", "charged", "room"):
+        for name in ("pages", "slots", "refill_s", "shared", "residents", "is_held", "charged", "room", "refused"):
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old, np.zeros((more, *old.shape[1:]), old.dtype)]))
         self.room[r:] = -1
@@ -237,6 +299,7 @@ class Pool:
         room = self.pages[replicas] - self.shared[replicas] - needed(self.charged[replicas])
         free = (self.residents[replicas] < self.slots[replicas]) & ~self.is_held[replicas]
         self.room[replicas] = np.where(free, room, -1.0)
+        self.refused[replicas] = np.inf
 
     # --- rows
 
@@ -244,7 +307,7 @@ class Pool:
         if not self._free:
             size = len(self.row_id)
             more = max(64, size)
-            for name in ("home", "prefix", "tokens", "prompt", "growth", "steps", "quantiles", "cumulants"):
+            for name in ("home", "prefix", "tokens", "prompt", "growth", "steps", "quantiles", "outlook", "cumulants"):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros((more, *old.shape[1:]), old.dtype)]))
             for name in ("deadline_s", "asked_s", "waiting_since_s", "parked"):
@@ -281,6 +344,7 @@ class Pool:
     def add(self, rows: Ints, suite: str, forecasts: Sequence[Forecast]) -> None:
         """Queue rows of one suite."""
         self._set(rows, suite, forecasts)
+        self.measure(rows)
         for row in rows.tolist():
             self._enqueue(row)
 
@@ -291,26 +355,33 @@ class Pool:
         grown = [max(1.0, f.p50_tokens - f.prompt_tokens) / max(1.0, f.p50_steps) for f in forecasts]
         self.growth[rows] = grown
         self.prefix[rows] = [self._prefix(suite, f.shared_tokens) for f in forecasts]
-        self.measure(rows)
 
     def measure(self, rows: Ints) -> None:
         """Set the cumulants of rows from what is known of them."""
         if not self.page_tokens:
-            self.cumulants[rows] = 0
-            self.cumulants[rows, 0] = _UNIT
+            self._stand(rows, np.ones(len(rows)))
             return
         grown = self.tokens[rows] - self.prompt[rows]
         growth = (_STEPS_OF_PRIOR * self.growth[rows] + grown) / (_STEPS_OF_PRIOR + self.steps[rows])
         shared = self.prefix_pages[self.prefix[rows]]
-        self.cumulants[rows] = demand(
+        self.outlook[rows] = outlook(
             self.tokens[rows], np.maximum(growth, 1.0), self.quantiles[rows], shared, self.page_tokens
         )
+        self.cumulants[rows] = demand(self.outlook[rows])
+
+    def _stand(self, rows: Ints, pages: Floats) -> None:
+        """Rows hold so many pages at every horizon."""
+        self.outlook[rows, 0], self.outlook[rows, 1] = pages[:, None], 1.0
+        self.cumulants[rows] = demand(self.outlook[rows])
 
     def advance(self, rows: Ints, tokens: Floats, steps: int = 0) -> None:
         """Rows hold so many tokens now and have made so many more steps."""
         self.steps[rows] += steps
         self.tokens[rows] = tokens
         here = rows[self.home[rows] >= 0]
+        if not len(here):
+            self.measure(rows)
+            return
         homes = self.home[here]
         before = self.cumulants[here]
         self.measure(rows)
@@ -439,6 +510,7 @@ class Pool:
         p = int(self.prefix[row])
         room = self.room - self.prefix_pages[p] * (self.refs[p] == 0)
         own = self.cumulants[row]
+        room[self.refused <= own[0].max()] = -1.0
         least = own[0, 0] / _UNIT
         if (r := self.held.get(row)) is not None and (self._takes(r, row) or not self.residents[r]):
             return r
@@ -471,8 +543,23 @@ class Pool:
         if self.residents[r] >= self.slots[r]:
             return False
         p = self.prefix[row]
-        limit = self.pages[r] - self.shared[r] - (0 if self.refs[p, r] else self.prefix_pages[p])
-        return bool(needed(self.charged[r] + self.cumulants[row]) <= limit)
+        limit = float(self.pages[r] - self.shared[r] - (0 if self.refs[p, r] else self.prefix_pages[p]))
+        total = self.charged[r] + self.cumulants[row]
+        if needed(total) > limit:
+            return False
+        if not (doubt := doubtful(total, int(self.residents[r]) + 1, limit)).any():
+            return True
+        rows = np.append(np.flatnonzero(self.home == r), row)
+        doubt &= self.outlook[rows, 0].sum(0) > limit
+        if not doubt.any():
+            return True
+        skewest = np.argsort(self.cumulants[rows, 2][:, doubt].max(1))[-GIANTS:]
+        giants = rows[skewest]
+        others = total - self.cumulants[giants].sum(0)
+        takes = overflow(self.outlook[giants][:, :, doubt], others[:, doubt], limit) <= RISK
+        if not takes:
+            self.refused[r] = min(self.refused[r], self.cumulants[row, 0].max())
+        return takes
 
     # --- waits
 
@@ -591,8 +678,7 @@ class Pool:
             rows = np.array([row])
             still = Forecast(one.tokens, 0, one.tokens, one.tokens, (one.tokens,) * len(FORECAST_LEVELS), 1)
             self._set(rows, one.suite, [still])
-            self.cumulants[row, 0] = self.cumulants[row, 0, 0]
-            self.cumulants[row, 1:] = 0
+            self._stand(rows, np.array([max(1.0, own_pages(one.tokens, 0, self.page_tokens))]))
             self._charge(row, self.index[replica])
 
     def expire(self, now_s: float) -> list[tuple[str, str | None]]:

@@ -4,7 +4,9 @@ sizes, batches, with and without CUDA graphs.
 Each setting runs in a process of its own, since cuBLAS's workspaces and the CUDA context stay for a process's life: an
 engine is built, which profiles its steps, then a full batch of prompts longer than a prefill step goes through it with
 top-p sampling and log-probabilities. `slack` is what the device holds at the end beyond the other components. The goal:
-each component within 10 % or 200 MiB, and all but the KV pool within 5 %. The GPU must be idle otherwise.
+each component within 10 % or 200 MiB, and all but the KV pool within 5 %. The GPU must be idle otherwise; this process
+takes no context on it. The result is written after each setting. Layers are compiled, as in a run: the first setting of
+a model and dtype takes longest.
 
     python -m bench.memory_model --out bench/results/memory_model.json
     python -m bench.memory_model --shapes tiny --device cpu --settings float32:64:4:graphs
@@ -16,9 +18,11 @@ import argparse
 import multiprocessing
 import random
 import time
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
+from itertools import product
 from typing import Any
 
 import torch
@@ -85,7 +89,13 @@ def measure(shape: str, setting: str, device: str, budget_fraction: float, promp
         measured["all but the pool"] = used - report.measured["pool_bytes"]
     captured = len(runner_of(engine).captured)
     engine.close()
-    return {"predicted": predicted, "measured": measured, "generated_tokens": generated, "captured": captured}
+    return {
+        "predicted": predicted,
+        "measured": measured,
+        "generated_tokens": generated,
+        "captured": captured,
+        "device": device_info(device),
+    }
 
 
 def compare(shape: str, setting: str, found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -140,27 +150,47 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     add("--settings", default=",".join(SETTINGS), help="dtype:max prefill tokens:max batch:graphs or eager, …")
     add("--budget-fraction", type=float, default=0.9, help="share of the device's memory to use")
     add("--prompt-tokens", type=int, default=512, help="of each request")
+    add("--seconds", type=float, default=540.0, help="no setting is begun later than that")
     add("--device", default=default_device())
     add("--out", help="JSON file to write")
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    device: dict[str, Any] = {}
+    document: dict[str, Any] = {}
     context = multiprocessing.get_context("spawn")
-    for shape in args.shapes.split(","):
-        for setting in args.settings.split(","):
+    started_s = time.monotonic()
+    for shape, setting in product(args.shapes.split(","), args.settings.split(",")):
+        begun_s = time.monotonic()
+        if begun_s > started_s + args.seconds:
+            failed[f"{shape} {setting}"] = "not begun: time was over"
+            continue
+        try:
             with ProcessPoolExecutor(1, mp_context=context) as process:
                 task = process.submit(measure, shape, setting, args.device, args.budget_fraction, args.prompt_tokens)
-                found = compare(shape, setting, task.result())
-            print_table(f"{shape} {setting}", [{key: row[key] for key in list(row)[6:]} for row in found])
+                result = task.result()
+        except Exception as e:  # what the other settings say is worth keeping
+            failed[f"{shape} {setting}"] = f"{type(e).__name__}: {e}"
+            traceback.print_exc()
+        else:
+            device, found = result["device"], compare(shape, setting, result)
+            title = f"{shape} {setting}, {time.monotonic() - begun_s:.0f} s"
+            print_table(title, [{key: row[key] for key in list(row)[6:]} for row in found])
             rows += found
-    workload = {key: value for key, value in vars(args).items() if key not in ("out", "device")}
-    return write_json(
-        args.out,
-        "memory_model",
-        device=device_info(args.device),
-        workload=workload | {"max_model_len": MAX_MODEL_LEN},
-        results=rows,
-        summary={"berth": summarize(rows)},
-    )
+        workload = {key: value for key, value in vars(args).items() if key not in ("out", "device")}
+        document = write_json(
+            args.out,
+            "memory_model",
+            device=device,
+            workload=workload | {"max_model_len": MAX_MODEL_LEN, "failed": failed},
+            results=rows,
+            summary={"berth": summarize(rows)},
+        )
+    missed = [row for row in rows if row["within_goal"] is False]
+    shown = ("shape", "setting", "component", "predicted_mib", "measured_mib", "error_mib", "error")
+    print_table("beyond the goal", [{key: row[key] for key in shown} for row in missed])
+    print_table("all settings", [{"component": name} | found for name, found in summarize(rows).items()])
+    return document
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.messages import Forecast
-from actors.placement import HORIZONS, LEVELS, Pool, survival
+from actors.placement import HORIZONS, LEVELS, Pool, demand, survival
 from bench.common import device_info, print_table, write_json
 
 PAGE = 256
@@ -147,8 +147,9 @@ class Oracle(Pool):
         last = trace.steps[trajectories][:, None] - 1
         tokens_BH = trace.ends[trace.first[trajectories][:, None] + np.minimum(step_BH, last)]
         shared = self.prefix_pages[self.prefix[rows]][:, None]
-        self.cumulants[rows] = 0
-        self.cumulants[rows, 0] = there_BH * np.maximum(-(-tokens_BH // self.page_tokens) - shared, 1) * 256
+        self.outlook[rows, 0] = np.maximum(-(-tokens_BH // self.page_tokens) - shared, 1)
+        self.outlook[rows, 1] = there_BH
+        self.cumulants[rows] = demand(self.outlook[rows])
 
 
 class Simulation:

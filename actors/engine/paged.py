@@ -421,7 +421,7 @@ class PagedEngine:
         if request.logprobs:
             row.logprobs.append(logprob)
         if row.first_s is None:
-            row.first_s = now_s
+            row.first_s, row.prefill_gpu_s = now_s, row.gpu_s
         try:
             matched = request.matcher is not None and request.matcher((token,))
         except Exception as e:
@@ -460,6 +460,7 @@ class PagedEngine:
             prefill_s=first_s - admitted_s,
             decode_s=now_s - first_s,
             gpu_s=row.gpu_s,
+            prefill_gpu_s=row.prefill_gpu_s,
         )
 
     def _grow(self) -> None:

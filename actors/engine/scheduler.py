@@ -43,6 +43,7 @@ class Row:
     batch_max: int = 0
     preemptions: int = 0
     gpu_s: float = 0.0
+    prefill_gpu_s: float = 0.0
     admitted_s: float | None = None
     first_s: float | None = None
     logprobs: list[float] = field(default_factory=list)

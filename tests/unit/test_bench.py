@@ -5,11 +5,12 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from bench import engine_gpu, memory_model, react_replay, tensor_parallel
+from bench import batch_sizes, engine_gpu, memory_model, react_replay, tensor_parallel
 from bench.common import made_up_tokenizer, model_config
 
 with warnings.catch_warnings():  # Ray Serve's own
@@ -93,6 +94,45 @@ def test_checks(tmp_path):
     assert all(result["preemptions"] for result in preempted)
 
 
+@pytest.mark.slow
+def test_batch_sizes(tmp_path):
+    document = batch_sizes.main(
+        "--shape tiny --device cpu --trajectories 4 --prefix 300 --generate 2 --sizes 2 --largest 4 --workloads calls "
+        f"--pressure 1.5 --seconds 60 --out {tmp_path}/sizes.json".split()
+    )
+    ledger, two = document["results"]
+    assert [ledger["engine"], two["engine"]] == ["ledger", "2"]
+    assert ledger["finished"]
+    assert two["finished"]
+    assert ledger["calls"] == two["calls"]
+    assert (ledger["trajectories"], two["most_at_once"]) == (4, 2)
+    assert ledger["oom"] == two["oom"] == 0 == ledger["again"]
+    assert document["summary"]["calls"]["best_fixed"] == "2"
+    assert document["summary"]["calls"]["ratio_to_best"] > 0
+
+
+def test_batch_sizes_have_the_same_lengths_and_other_tokens():
+    make = partial(batch_sizes.make_jobs, 50, 3, prefix=300, vocabulary=2_000)
+    one, other = make(waits=True, salt="a"), make(waits=True, salt="b")
+    assert [job.waits_s for job in one] == [job.waits_s for job in other]
+    assert [list(map(len, job.trace.steps)) for job in one] == [list(map(len, job.trace.steps)) for job in other]
+    assert one[0].trace.prompt != other[0].trace.prompt
+    assert not any(map(any, (job.waits_s for job in make(waits=False, salt="a"))))
+    rows = [
+        {"workload": "calls", "engine": name, "generated_tok_s": speed, "oom": oom}
+        for name, speed, oom in (
+            ("ledger", 95.0, 0),
+            ("keep", 100.0, 0),
+            ("8", 50.0, 0),
+            ("64", 200.0, 1),
+            ("16", 90.0, 0),
+        )
+    ]
+    found = batch_sizes.summarize(rows)["calls"]
+    assert (found["best_fixed"], found["ratio_to_keep"]) == ("16", 0.95)
+    assert found["ratio_to_best"] == pytest.approx(95 / 90)
+
+
 def test_nothing_ends_early():
     assert model_config("8b").eos_token_id is None
 
@@ -154,7 +194,8 @@ def test_replica(tmp_path):
 def test_memory_model(tmp_path, monkeypatch):
     monkeypatch.setattr(memory_model, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count))
     document = memory_model.main(
-        "--shapes tiny --device cpu --settings float32:64:4:graphs,float32:32:2:eager --prompt-tokens 40 "
+        "--shapes tiny --device cpu --settings float32:64:4:graphs,float32:32:2:eager,float33:32:2:eager "
+        "--prompt-tokens 40 "
         f"--out {tmp_path}/memory.json".split()
     )
     assert json.loads((tmp_path / "memory.json").read_text())["bench"] == "memory_model"
@@ -162,6 +203,7 @@ def test_memory_model(tmp_path, monkeypatch):
     assert summary["weights"] == {"measured": 2, "within_goal": 2, "largest_error_mib": 0.0}
     assert summary["activation"]["measured"] == 0  # a CPU keeps no count
     assert {row["generated_tokens"] for row in document["results"]} == {4 * 8, 2 * 8}
+    assert list(document["workload"]["failed"]) == ["tiny float33:32:2:eager"]  # and it cost no other
 
 
 def test_memory_goals():

@@ -97,6 +97,16 @@ async def test_a_replica_says_what_it_holds_and_frees_what_it_is_told_to(monkeyp
     assert list(reporter.residents) == ["b"]
 
 
+def test_a_pool_is_refilled_at_the_rate_of_the_device_not_of_each_row():
+    sizes = Capacity(8192, 8, pages_total=50, page_tokens=PAGE)
+    reporter = Reporter("name", "single", "r0", SimpleNamespace(capacity=lambda: sizes, events={}))
+    call = Call("a", (0,) * 2_000, Turn(()), Sampling(), "s", "r0")
+    assert reporter.report().refill_s == float("inf")
+    for _ in range(8):  # in one step of 0.8 s
+        reporter.answered(call, Usage(2_000, 2_000, prefill_s=0.8, gpu_s=0.2, prefill_gpu_s=0.1))
+    assert reporter.report().refill_s == pytest.approx(50 * PAGE / 20_000)
+
+
 async def test_leases_that_no_agent_renews_make_room():
     made = Ledger({"single": None}, lease_s=0.5, dead_s=60.0)
     await made.report(Report("single", "r0", 90, PAGE, 2))

@@ -186,6 +186,7 @@ def test_alone():
     assert (usage.prompt_tokens, usage.prefilled, usage.reused, usage.generated) == (3, 3, 0, 8)
     assert (usage.batch_max, usage.preemptions, usage.kv_bytes_peak) == (1, 0, 3 * 4 * 10)
     assert min(usage.queue_s, usage.prefill_s, usage.decode_s) >= 0 < usage.gpu_s
+    assert 0 < usage.prefill_gpu_s < usage.gpu_s
     assert result.logprobs == ()
 
 

@@ -10,7 +10,18 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from actors.errors import Fenced
 from actors.messages import Ask, Forecast, Resident
-from actors.placement import HORIZONS, LEVELS, Placement, Pool, keeps, needed, quantiles_of, survival
+from actors.placement import (
+    HORIZONS,
+    LEVELS,
+    Placement,
+    Pool,
+    demand,
+    keeps,
+    needed,
+    overflow,
+    quantiles_of,
+    survival,
+)
 
 PAGE = 256
 GROWTH = np.interp(LEVELS, (0, 0.5, 0.9, 1), (0, 2_000, 5_000, 9_000))
@@ -89,6 +100,69 @@ def test_the_bound_is_that_of_the_sum_s_distribution():
     drawn = np.random.default_rng(0).binomial(20, 0.2, 100_000) * 10.0
     found = bound(drawn.mean(), drawn.var(), ((drawn - drawn.mean()) ** 3).mean())
     assert np.quantile(drawn, 0.99) <= found <= np.quantile(drawn, 0.9995)
+
+
+@pytest.mark.parametrize("limit", [60.0, 128.0, 700.0])
+def test_rows_are_convolved_to_the_chance_that_drawn_sums_exceed(limit):
+    rng = np.random.default_rng(int(limit))
+    for _ in range(5):
+        alive, pages = rng.random((12, 2)) ** 2, rng.integers(1, int(limit / 3), (12, 2)).astype(float)
+        rows = np.stack([pages, alive], 1)
+        drawn = ((rng.random((40_000, 12, 2)) < alive) * pages).sum(1)
+        found = overflow(rows, np.zeros((3, 2), np.int64), limit)
+        assert found == pytest.approx((drawn > limit).mean(0).max(), abs=0.01 if limit <= 128 else 0.03)
+
+
+def test_other_rows_shift_and_spread_what_is_convolved():
+    rows = np.array([[[90.0], [0.02]]])
+    still = demand(np.array([[[20.0], [1.0]]])).sum(0)
+    assert overflow(rows, still, 100.0) == pytest.approx(0.02, abs=1e-6)
+    assert overflow(rows, still, 110.0) == pytest.approx(0.0, abs=1e-6)
+    many = demand(np.array([[[2.0], [0.5]]] * 20)).sum(0)  # 20 ± 4.5 pages
+    half = 0.02 * (np.random.default_rng(0).binomial(20, 0.5, 100_000) * 2 > 20).mean()
+    assert overflow(rows, many, 110.0) == pytest.approx(half, abs=0.001)
+
+
+@pytest.mark.parametrize(("chance", "takes"), [(0.02, False), (0.005, True)])
+def test_a_row_that_fills_the_pool_in_two_of_a_hundred_cases_waits(chance, takes):
+    """The gamma distribution alone lets it in: it has a quarter of the giant's pages."""
+    made = placement(110)
+    sure = forecast(shared=0, growth=np.interp(LEVELS, (0, 1), (3_300, 3_310)), steps=1.0)  # 20 pages
+    made.ask(ask("sure", forecast=sure), 0.0)
+    giant = np.interp(LEVELS, (0, 1 - chance - 0.001, 1 - chance, 1), (0, 300, 23_000, 24_000))
+    giant = forecast(prompt=400, shared=0, growth=giant, steps=1.0)
+    pool = made.pools["single"]
+    made.place(0.0)
+    made.ask(ask("giant", tokens=400, forecast=giant), 0.0)
+    rows = np.array([pool.slot["sure"], pool.slot["giant"]])
+    pool.outlook[rows] = np.stack([np.full((2, len(HORIZONS)), [[20.0], [91.0]]), np.ones((2, len(HORIZONS)))], 1)
+    pool.outlook[rows[1], 1] = chance
+    before = pool.cumulants[rows[0]].copy()
+    pool.cumulants[rows] = demand(pool.outlook[rows])
+    pool.charged[0] += pool.cumulants[rows[0]] - before
+    assert needed(pool.cumulants[rows].sum(0)) < 110
+    assert made.place(1.0) == (["giant"] if takes else [])
+
+
+@pytest.mark.parametrize("pages", [70, 110])
+def test_pools_of_few_and_nearly_certain_rows_stay_within(pages):
+    """Of one row in five, two in a hundred go on for ten times as long; the others end where all do."""
+    rng = np.random.default_rng(pages)
+    ends, goes_on = np.interp(LEVELS, (0, 0.01, 1), (0, 1_500, 1_510)), (0, 0.01, 0.979, 0.981, 1)
+    goes_on = np.interp(LEVELS, goes_on, (0, 1_500, 1_510, 9_000, 15_000))
+    for _ in range(10):
+        pool = Pool("single", PAGE)
+        pool.replica_up("r", pages, 10_000)
+        while not pool.queued:
+            row = pool.take("s", 1, 0.0)
+            prompt, steps = int(rng.integers(300, 900)), int(rng.integers(0, 4))
+            pool.add(row, "s", [forecast(prompt, 0, goes_on if rng.random() < 0.2 else ends)])
+            pool.advance(row, np.array([prompt + 375.0 * steps]), steps)
+            pool.place(0.0)
+        rows = np.flatnonzero(pool.home >= 0)
+        pages_BH, alive_BH = pool.outlook[rows, 0], pool.outlook[rows, 1]
+        drawn = ((rng.random((20_000, len(rows), 1)) < alive_BH) * pages_BH).sum(1)
+        assert (drawn > pages).mean(0).max() <= 0.013  # 1 % and what 20,000 futures leave open
 
 
 def test_the_shared_prompt_is_counted_once():
