@@ -558,13 +558,13 @@ class Runner:
         _fill(_Packed.over(host.numpy(), *sizes), spans, self.kv.page_tokens)
         device = host.to(self._device)
         packed = _Packed.over(device, *sizes)
-        plan = self._plan(packed, 1, self.max_model_len, True, 0)
-        if sharing and plan.units is not None:
-            from actors.engine.kernels.decode import Runs  # torch does not bring Triton everywhere
-
-            plan.units.runs = Runs(packed.cu_q_N1, packed.cu_k_N1, packed.table_NP)
 
         def decode() -> tuple[Tensor, Tensor]:
+            plan = self._plan(packed, 1, self.max_model_len, True, 0)
+            if sharing and plan.units is not None:
+                from actors.engine.kernels.decode import Runs  # torch does not bring Triton everywhere
+
+                plan.units.runs = Runs(packed.cu_q_N1, packed.cu_k_N1, packed.table_NP)
             with attending(plan):
                 logits_BV = self._head(self._body_forward(packed))
             return logits_BV, logits_BV.argmax(-1)
