@@ -263,12 +263,11 @@ def run_job(
     while thread.is_alive() and not begun():
         time.sleep(0.2)
     thread.join(seconds)
-    counts: Any = ray.get(journal.counts.remote())
     ray.get(journal.stop.remote())
     thread.join()
     if failure:
         raise rollout.explained(failure[0]) from failure[0]
-    return counts
+    return ray.get(journal.counts.remote())
 
 
 def run(args: argparse.Namespace, prepared: Any, tell: Callable[[list[dict[str, Any]]], Any]) -> None:
@@ -285,15 +284,11 @@ def run(args: argparse.Namespace, prepared: Any, tell: Callable[[list[dict[str, 
     counts = run_job(prepared, served, app, leases, begun, args.seconds)
     seen: dict[str, Any] = handle.seen.remote().result()
     calls = len(seen["ended"])
-    cpu = {
-        f"cpu_ms_call {name}": 1000 * (seen["threads"][name] - before["threads"].get(name, 0.0)) / calls
-        for name in seen["threads"]
-    }
-    cpu = {name: ms for name, ms in cpu.items() if ms > 0.01}
-    cpu["cpu_ms_call process"] = 1000 * (seen["process"] - before["process"]) / calls
-    rows = [
-        row("job", seen["ended"], args.ramp, args.seconds) | {"rows": counts.finished, "failed": counts.failed} | cpu
-    ]
+    spent = {name: cpu_s - before["threads"].get(name, 0.0) for name, cpu_s in seen["threads"].items()}
+    spent["process"] = seen["process"] - before["process"]
+    found = row("job", seen["ended"], args.ramp, args.seconds)
+    found |= {"rows": counts.finished, "failed": counts.failed}
+    rows = [found | {"cpu_ms_call": {name: 1000 * cpu_s / calls for name, cpu_s in spent.items()}}]
     tell(rows)
     ended = handle.alone.remote(args.at_once, args.seconds, SHAPES[args.shape]["vocab_size"]).result()
     tell([*rows, row("engine", ended, args.ramp, args.seconds)])
@@ -338,7 +333,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         workload = {key: value for key, value in vars(args).items() if key not in ("out", "device", "models")}
         device = device_info(args.device)
         document.update(write_json(args.out, "job", device=device, workload=workload, results=rows, summary=summary))
-        print_table(f"The whole job and its engine alone, {args.shape}; cost {cost}", rows)
+        plain = [{name: value for name, value in row.items() if name != "cpu_ms_call"} for row in rows]
+        print("CPU of the replica by thread, ms a call:", rows[0]["cpu_ms_call"])
+        print_table(f"The whole job and its engine alone, {args.shape}; cost {cost}", plain)
 
     deployment = pools._deployment
     pools._deployment = lambda *a, **k: deployment(*a, **k).options(func_or_class=Probed)
