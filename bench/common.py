@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from actors.engine.paged import PagedEngine
+from bench.scripted import made_up_word
 
 # Qwen3-8B, -1.7B and -32B and Llama-3.1-70B as published; `small` for checks with a fp32 reference, `tiny` for a CPU.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -127,11 +128,10 @@ def random_model(
 
 
 def made_up_tokenizer(words: int) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer: the 256 bytes, then words that are numbers in base 16; no token ends a generation."""
-    letters = str.maketrans("0123456789", "ghijklmnop")
+    """A byte-level tokenizer: the 256 bytes, then made-up words, a token each with a blank; none ends a turn."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = alphabet + ["Ġ" + f"{n:05x}".translate(letters) for n in range(words - len(alphabet))]
-    tokenizer = Tokenizer(models.BPE({name: id for id, name in enumerate(names)}, []))
+    names = alphabet + ["Ġ" + made_up_word(n) for n in range(words - len(alphabet))]
+    tokenizer = Tokenizer(models.BPE({name: id for id, name in enumerate(names)}, [], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)

@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import random
 import re
@@ -327,12 +328,17 @@ def kernel_class(name: str) -> str:
 
 
 def closed_loops(
-    engine: Any, traces: Sequence[Trace], at_once: int, make: Callable[[list[int], str], Request]
+    engine: Any,
+    traces: Sequence[Trace],
+    at_once: int,
+    make: Callable[[list[int], str], Request],
+    until_s: float = math.inf,
 ) -> Iterator[Generation]:
     """Put all trajectories to an engine, `at_once` of them at a time, and end each; the answers as they come.
 
     Args:
         make: the request for a context of a trajectory.
+        until_s: of the monotonic clock: none is begun after that.
     """
     contexts = {trace.id: deque(trace.contexts()) for trace in traces}
     waiting, finished = deque(contexts), SimpleQueue[tuple[str, Future[Generation]]]()
@@ -352,6 +358,9 @@ def closed_loops(
             continue
         engine.end(id)
         left -= 1
+        if time.monotonic() > until_s:
+            left -= len(waiting)
+            waiting.clear()
         if waiting:
             call(waiting.popleft())
 

@@ -7,14 +7,17 @@ One replica, deployed with the pipeline's own options, does the same work in thr
     serve     clients in as many processes as a run has agents: each call asks the ledger for its home, is routed
               there, pickled, matched, answered; ended trajectories are freed in batches
 
-So all three have the same model, kernels, graphs and pages, and what the second adds is the matcher, what the third
-adds to that is Serve. The work is that of `react_replay`: forced lengths, greedy, random weights and tokens; the same
-lengths in all ways, other tokens, so that nothing is found in the cache of another. `steady_tok_s` counts only while
-all slots are taken: from the end of the first `--at-once` calls until the last trajectory has begun.
+`serve:0.5` is `serve` with another switch interval of the replica's interpreter, in ms (Python's own is 5), for which
+the engine's thread may wait for the event loop's. So all have the same model, kernels, graphs and pages, and what the
+second adds is the matcher, what the third adds to that is Serve. The work is that of `react_replay`: forced lengths,
+greedy, random weights and tokens; the same lengths in all ways, other tokens, so that nothing is found in the cache of
+another. `steady_tok_s` counts only while all slots are taken: from the end of the first `--at-once` calls until the
+last trajectory has begun.
 
 The model is written once into the cache folder ($BERTH_CACHE), with a tokenizer of made-up words.
 
     python -m bench.replica --shape 1.7b --out bench/results/replica.json
+    python -m bench.replica --shape 1.7b --trajectories 6000 --seconds 195 --ways engine,serve --repeats 1
     python -m bench.replica --shape tiny
 """
 
@@ -23,13 +26,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import math
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,17 +118,21 @@ class Measured(Replica):
         self.engine.end("first")
         self.start.append(f"first token: the process is {assemble.process_age_s():.1f} s old")
         self.clock = Clock(runner_of(self.engine))  # pyright: ignore[reportArgumentType]
-        self.cpu_s = time.process_time()
+        self.cpu_s, self.loop_cpu_s = time.process_time(), 0.0
+
+    async def switch(self, seconds: float) -> None:
+        """How long a thread of this process may keep the interpreter from others that want it."""
+        sys.setswitchinterval(seconds)
 
     async def told(self) -> list[str]:
         """What the engine said of its start."""
         return self.start
 
-    async def direct(self, traces: Sequence[Trace], at_once: int, generate: int, matched: bool) -> Done:
-        """All trajectories straight on the engine, in a thread of this process."""
-        return await asyncio.to_thread(self._direct, traces, at_once, generate, matched)
+    async def direct(self, traces: Sequence[Trace], at_once: int, generate: int, matched: bool, seconds: float) -> Done:
+        """All trajectories straight on the engine, in a thread of this process; none is begun after `seconds`."""
+        return await asyncio.to_thread(self._direct, traces, at_once, generate, matched, seconds)
 
-    def _direct(self, traces: Sequence[Trace], at_once: int, generate: int, matched: bool) -> Done:
+    def _direct(self, traces: Sequence[Trace], at_once: int, generate: int, matched: bool, seconds: float) -> Done:
         turn, begun, ended = turn_of(generate), dict[str, float](), list[float]()
 
         def make(context: list[int], id: str) -> Request:
@@ -132,21 +141,24 @@ class Measured(Replica):
                 return Request(context, id, generate)
             return Request(context, id, turn.max_tokens, matcher=TurnMatcher(turn, self.tokenizer))
 
-        for answer in closed_loops(self.engine, traces, at_once, make):
+        for answer in closed_loops(self.engine, traces, at_once, make, time.monotonic() + seconds):
             check_length(answer.token_ids, generate)
             ended.append(time.monotonic())
         return Done(min(begun.values()), max(begun.values()), tuple(ended))
 
     async def counts(self) -> dict[str, float]:
-        """Of the engine's steps and this process, since the last time."""
+        """Of the engine's steps and this process, since the last time; `loop` is the event loop's thread, which wants
+        the interpreter as the engine's does."""
         steps = self.clock.step_s
         before, self.cpu_s = self.cpu_s, time.process_time()
+        loop_before, self.loop_cpu_s = self.loop_cpu_s, time.thread_time()
         found = {
             "prefill_s": sum(steps["prefill"]),
             "decode_s": sum(steps["decode"]),
             "decode_steps": len(steps["decode"]),
             "between_s": sum(self.clock.gap_s.values()),
             "replica_cpu_s": self.cpu_s - before,
+            "loop_cpu_s": self.loop_cpu_s - loop_before,
         }
         self.clock.reset()
         return found
@@ -159,14 +171,14 @@ class Clients(Caller):
         super().__init__(app, [pool], leases)
         self.pool = pool
 
-    async def replay(self, traces: Sequence[Trace], at_once: int, generate: int, prefix: int) -> Done:
-        """All trajectories, `at_once` of them at a time."""
+    async def replay(self, traces: Sequence[Trace], at_once: int, generate: int, prefix: int, seconds: float) -> Done:
+        """All trajectories, `at_once` of them at a time; none is begun after `seconds`."""
         waiting, ended, turn = deque(traces), list[float](), turn_of(generate)
         begun_s = last_begun_s = time.monotonic()
 
         async def slot() -> None:
             nonlocal last_begun_s
-            while waiting:
+            while waiting and time.monotonic() - begun_s < seconds:
                 trace = waiting.popleft()
                 last_begun_s = time.monotonic()
                 lease = ledger.Leased(self.ledger, self.lease, trace.id, "replica")
@@ -230,8 +242,12 @@ def row(way: str, repeat: int, done: Sequence[Done], generate: int, at_once: int
     }
 
 
-def run(args: argparse.Namespace, config: RunConfig) -> tuple[list[dict[str, Any]], list[str]]:
-    """Deploy, warm up, measure in turn; the rows, and what the engine said of its start."""
+def run(args: argparse.Namespace, config: RunConfig, tell: Callable[[list[dict[str, Any]], list[str]], Any]) -> None:
+    """Deploy, warm up, measure in turn.
+
+    Args:
+        tell: after each way, the rows so far, and what the engine said of its start.
+    """
     vocabulary = SHAPES[args.shape]["vocab_size"]
     start_ray(config)
     app = app_name(config.out)
@@ -251,12 +267,15 @@ def run(args: argparse.Namespace, config: RunConfig) -> tuple[list[dict[str, Any
     print(*start, sep="\n", flush=True)
 
     def replay(way: str, traces: Sequence[Trace]) -> list[Done]:
+        way, _, switch_ms = way.partition(":")
+        handle.switch.remote(float(switch_ms or 5) / 1000).result()
         if way != "serve":
-            return [handle.direct.remote(traces, args.at_once, args.generate, way == "matcher").result()]
+            matched = way == "matcher"
+            return [handle.direct.remote(traces, args.at_once, args.generate, matched, args.seconds).result()]
         slots = [len(range(k, args.at_once, count)) for k in range(count)]
         return ray.get(
             [
-                client.replay.remote(traces[k::count], slots[k], args.generate, args.prefix)
+                client.replay.remote(traces[k::count], slots[k], args.generate, args.prefix, args.seconds)
                 for k, client in enumerate(clients)
             ]
         )
@@ -267,36 +286,35 @@ def run(args: argparse.Namespace, config: RunConfig) -> tuple[list[dict[str, Any
         traces = warm
         if repeat >= 0:
             traces = make_traces(args.trajectories, args.seed + repeat, prefix=args.prefix, vocabulary=vocabulary)
-        for at, way in enumerate(WAYS):
+        for at, way in enumerate(args.ways):
             work = shifted(traces, 1 + at, vocabulary)
             handle.counts.remote().result()
             done = replay(way, work)
             if repeat >= 0:
                 rows.append(row(way, repeat, done, args.generate, args.at_once) | handle.counts.remote().result())
                 print({key: round(value, 2) if isinstance(value, float) else value for key, value in rows[-1].items()})
-    return rows, start
+                tell(rows, start)
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Medians; `cost` of each way is the median over repeats of what its wall takes more than the bare engine's."""
-    bare = [row["wall_s"] for row in rows if row["engine"] == "engine"]
+    """Medians; `cost` of each way is the median over repeats of how much more time a token takes than on the bare
+    engine in the same repeat, from the first call to the last; `steady_cost` the same while all slots are taken."""
     summary: dict[str, dict[str, Any]] = {}
-    for way in WAYS:
+    bare = {row["repeat"]: row for row in rows if row["engine"] == "engine"}
+    for way in dict.fromkeys(row["engine"] for row in rows):
         mine = [row for row in rows if row["engine"] == way]
-        speeds = [row["generated_tok_s"] for row in mine]
-        steady = [row["steady_tok_s"] for row in mine if row["steady_tok_s"]]
-        costs = [row["wall_s"] / wall_s - 1 for row, wall_s in zip(mine, bare, strict=True)]
-        summary[way] = {
-            "median_generated_tok_s": statistics.median(speeds),
-            "spread": max(speeds) - min(speeds),
-            "median_steady_tok_s": statistics.median(steady) if steady else None,
-            "cost": statistics.median(costs),
-        }
-    base = summary["engine"]["median_steady_tok_s"]
-    for found in summary.values():
-        found["steady_cost"] = (
-            base / found["median_steady_tok_s"] - 1 if base and found["median_steady_tok_s"] else None
-        )
+        found: dict[str, Any] = {}
+        for cost, speed in (("cost", "generated_tok_s"), ("steady_cost", "steady_tok_s")):
+            speeds = [row[speed] for row in mine if row[speed]]
+            costs = [
+                bare[row["repeat"]][speed] / row[speed] - 1
+                for row in mine
+                if row[speed] and bare.get(row["repeat"], {}).get(speed)
+            ]
+            found |= {f"median_{speed}": statistics.median(speeds) if speeds else None}
+            found |= {"spread": max(speeds) - min(speeds)} if speed == "generated_tok_s" else {}
+            found |= {cost: statistics.median(costs) if costs else None}
+        summary[way] = found
     return summary
 
 
@@ -307,6 +325,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--shape", choices=list(SHAPES), default="1.7b")
     add("--trajectories", type=int, help="default: half more than --at-once")
     add("--at-once", type=int, help="trajectories in flight, and rows decoded together (default: 256, on a CPU 16)")
+    add("--ways", type=lambda text: text.split(","), default=WAYS, help="of engine, matcher, serve, and serve:MS")
+    add("--seconds", type=float, default=math.inf, help="no trajectory is begun later in a way")
     add("--repeats", type=int, default=2, help="each with a seed of its own: --seed and up")
     add("--seed", type=int, default=0)
     add("--prefix", type=int, default=1700, help="tokens of the shared prefix")
@@ -341,24 +361,30 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"{args.shape}: model at hand after {time.perf_counter() - begin:.0f} s", flush=True)
     deployment = pools._deployment
     pools._deployment = lambda *a, **k: deployment(*a, **k).options(func_or_class=Measured)
+    document: dict[str, Any] = {}
+
+    def tell(rows: list[dict[str, Any]], start: list[str]) -> None:
+        workload = {key: value for key, value in vars(args).items() if key not in ("out", "device", "models")}
+        document.update(
+            write_json(
+                args.out,
+                "replica",
+                device=device_info(args.device),
+                workload=workload | {"start": start, "seconds": min(args.seconds, 1e9)},
+                results=rows,
+                summary=summarize(rows),
+            )
+        )
+
     try:
-        rows, start = run(args, config)
+        run(args, config, tell)
     finally:
         pools._deployment = deployment
         serve.shutdown()
         ray.shutdown()
-    summary = summarize(rows)
-    print_table(f"A replica's engine and Serve, {args.shape}, {args.at_once} calls at once", rows)
-    print_table("Against the bare engine", [{"way": way, **found} for way, found in summary.items()])
-    workload = {key: value for key, value in vars(args).items() if key not in ("out", "device", "models")}
-    return write_json(
-        args.out,
-        "replica",
-        device=device_info(args.device),
-        workload=workload | {"start": start},
-        results=rows,
-        summary=summary,
-    )
+    print_table(f"A replica's engine and Serve, {args.shape}, {args.at_once} calls at once", document["results"])
+    print_table("Against the bare engine", [{"way": way, **found} for way, found in document["summary"].items()])
+    return document
 
 
 if __name__ == "__main__":

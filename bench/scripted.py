@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 SEARCH = "[search: {corpus: corpus.jsonl}]"
@@ -24,6 +25,16 @@ def write_suite(folder: Path, rows: int, tools: str = SEARCH) -> Path:
         f"name: scripted\ndata: {{path: rows.jsonl}}\ntools: {tools}\nscorers: [exact_match]\n"
     )
     return folder
+
+
+def made_up_word(n: int) -> str:
+    """The number in base 16, in letters."""
+    return f"{n:05x}".translate(str.maketrans("0123456789", "ghijklmnop"))
+
+
+def made_up_text(seed: str, words: int) -> str:
+    """So many of the first 1,000 made-up words, each behind a blank: as many tokens of `common.made_up_tokenizer`."""
+    return "".join(f" {made_up_word(n)}" for n in random.Random(seed).choices(range(1000), k=words))
 
 
 def script(**settings: object) -> dict[str, str]:

@@ -44,6 +44,11 @@ class Batched:
         self._waiting.append((request, future))
         return future
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits for its answer."""
+        return bool(self._sending)
+
     async def _flush(self) -> None:
         await asyncio.sleep(self._delay_s)
         batch, self._waiting = self._waiting[: self._most], self._waiting[self._most :]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ def rescore(out: str, specs: Sequence[str]) -> dict[str, Any]:
     clusters: list[str] = []
     answered = 0
     version = version_of(scorers)
-    for batch in open_table(f"{out}/results", RESULTS).to_batches():
-        for row in batch.to_pylist():
+    for files in open_table(f"{out}/results", RESULTS):
+        for row in chain.from_iterable(batch.to_pylist() for batch in files.to_batches()):
             trajectory = trajectory_from_row(row, tasks.get(row["row_id"]))
             failed = row["status"] == "failed"
             made = score(trajectory, scorers, primary)

@@ -29,7 +29,7 @@ from ray import serve
 from ray.actor import exit_actor
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
 from ray.serve.exceptions import RayServeException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -116,22 +116,41 @@ class Caller:
         yield enumerate(await self.ledger.do.remote(requests))
 
     async def generate(self, call: Call, pool: str) -> Reply:
-        """Call the replica `call.home`, in one message with the calls whose leases came together with this one's.
+        """Call the replica `call.home`, in one message with the calls whose leases came together with this one's. A
+        message that breaks costs its calls nothing where the replica lives: each is made once more, alone, so that one
+        call's fault is not its neighbours'.
 
         Raises:
-            BerthError: see `Replica.generate`.
+            BerthError: see `Replica.generate`; EngineDead also where a message ends without all answers.
+            RayError, RayServeException: the replica is gone, or the call fails alone too.
         """
         if call.home is None:  # Serve starts replicas by the number of such calls
-            session: Any = self.handles[pool].options(session_id=session_id(None, call.row_id))
-            return await session.generate.remote(call)
-        line = self.lines.get((pool, call.home))
-        if line is None:
-            session: Any = self.handles[pool].options(session_id=session_id(call.home, ""), stream=True)
-            line = self.lines[pool, call.home] = Batched(session.generate_many.remote, 0.0, CALLS_AT_ONCE)
-        answer = await line(call)
+            return await self._alone(call, pool)
+        try:
+            answer = await self._line(pool, call.home)(call)
+        except ActorDiedError:  # any of its calls may have killed it: each of them counts as an attempt
+            raise
+        except (EngineDead, RayError, RayServeException) as broken:
+            try:
+                return await self._alone(call, pool)
+            except NotHome:  # the home went with its message
+                raise broken from None
         if isinstance(answer, BerthError):
             raise answer
         return answer
+
+    async def _alone(self, call: Call, pool: str) -> Reply:
+        session: Any = self.handles[pool].options(session_id=session_id(call.home, call.row_id))
+        return await session.generate.remote(call)
+
+    def _line(self, pool: str, home: str) -> Batched:
+        """Calls to one replica. Lines to replicas that are gone are idle, and go when a line to a new one is made."""
+        line = self.lines.get((pool, home))
+        if line is None:
+            session: Any = self.handles[pool].options(session_id=session_id(home, ""), stream=True)
+            line = Batched(session.generate_many.remote, 0.0, CALLS_AT_ONCE)
+            self.lines = {key: old for key, old in self.lines.items() if old.busy} | {(pool, home): line}
+        return line
 
     def end(self, row_id: str, attempt: int, pool: str | None = None, replica: str = "") -> None:
         """Let the replica free what it keeps for a trajectory, and then the ledger its lease, soon."""

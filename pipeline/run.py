@@ -5,6 +5,7 @@ Decides nothing about Ray (rollout.py) and nothing about columns (tables.py).
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import json
 import logging
@@ -97,6 +98,7 @@ def execute(prepared: Prepared, screen: Screen, retry: Collection[str] | None = 
         if left:
             learned = forecaster(prepared)
             write_manifest(prepared, learned)
+            give_back()
             roll_out(prepared, learned, info, screen)
         return finish(prepared, info)
 
@@ -368,6 +370,13 @@ def apart(rows: int, work: Callable[..., Any], *arguments: Any) -> Any:
         return work(*arguments)
     with ProcessPoolExecutor(1, get_context("spawn"), _end_with_parent) as process:
         return process.submit(work, *arguments).result()
+
+
+def give_back() -> None:
+    """Hand what is free of this process's memory back to the machine: checking 10⁶ rows leaves some 0.5 GB."""
+    pa.default_memory_pool().release_unused()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)
 
 
 def _end_with_parent() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import pyarrow.dataset as ds
@@ -71,12 +72,14 @@ def _speed(screen: Screen, summary: dict[str, Any]) -> None:
 
 def example(out: str) -> dict[str, Any] | None:
     """A trajectory worth reading: a right answer with tool calls, else the one with most tool calls."""
-    light = read_table(
-        f"{out}/results", RESULTS, ["row_id", "score", "tool_calls", "tool_errors", "status"]
-    ).to_pylist()
-    if not light:
+    light = read_table(f"{out}/results", RESULTS, ["row_id", "score", "tool_calls", "status"])
+    best = max(
+        chain.from_iterable(batch.to_pylist() for batch in light.to_batches()),
+        key=lambda r: (r["status"] == "ok", (r["score"] or 0) * (r["tool_calls"] > 0), r["tool_calls"]),
+        default=None,
+    )
+    if best is None:
         return None
-    best = max(light, key=lambda r: (r["status"] == "ok", (r["score"] or 0) * (r["tool_calls"] > 0), r["tool_calls"]))
     where = ds.field("row_id") == best["row_id"]
     row = read_table(f"{out}/results", RESULTS, where=where).to_pylist()[0]
     task = read_table(f"{out}/tasks", TASKS, ["question"], where=where).to_pylist()

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
+from ray.exceptions import ActorDiedError, RayError
 
 from actors.engine.protocol import Capacity, EngineSpec, Request
 from actors.errors import NotHome
 from actors.ledger import Ledger, Report
-from actors.messages import FORECAST_LEVELS, Forecast, Reply
+from actors.messages import FORECAST_LEVELS, Call, Forecast, Reply, Sampling, Stage, Turn
 from actors.stopping import TurnMatcher
 from actors.tools import ToolThreads
-from bench.pipeline import write_run
 from pipeline.batched import Batched
 from pipeline.config import Pool, load_run
 from pipeline.footprint import Forecaster, order
@@ -29,27 +29,49 @@ from tests.scripted import ScriptedEngine
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own
+    from bench.pipeline import write_run
     from pipeline import rollout
     from pipeline.pools import Served
 
 MAY_DIFFER = {"queue_s", "prefill_s", "decode_s", "tool_s", "gpu_s", "trajectory", "predicted_peak_bytes"}
 ROOM = Report("single", "r0", 400, 16, 64)
+CALL = Call("q/0", (1,), Turn((Stage("thought", 8),)), Sampling())
 
 
 class Handle:
-    """The replicas r0 and r1: what they were asked, and what fails."""
+    """The replicas r0 and r1: what they were asked, and what fails.
+
+    Attributes:
+        refuse: replica → how often it is not the home of what it is asked.
+        breaks: what ends each message before its first answer; None: nothing.
+        culprits: rows whose calls fail alone too, so often.
+    """
 
     def __init__(self, engine: ScriptedEngine):
         self.engine, self.calls, self.ended, self.refuse = engine, [], [], Counter()
+        self.breaks, self.culprits, self.alone = None, Counter(), []
         self.generate_many = SimpleNamespace(remote=self._generate_many)
+        self.generate = SimpleNamespace(remote=self._generate_alone)
         self.end = SimpleNamespace(remote=self._end)
 
     def options(self, session_id, stream=False):
         return self
 
     async def _generate_many(self, calls):
+        if self.breaks is not None:
+            raise self.breaks
         for place, call in enumerate(calls):
             yield [(place, await self._generate(call))]
+
+    async def _generate_alone(self, call):
+        self.alone.append(call.row_id)
+        if self.culprits[call.row_id]:
+            self.culprits[call.row_id] -= 1
+            raise RayError("it breaks whatever carries it")
+        answer = await self._generate(call)
+        if isinstance(answer, NotHome):
+            raise answer
+        return answer
 
     async def _generate(self, call):
         self.calls.append(call)
@@ -179,6 +201,51 @@ async def test_a_call_that_did_not_reach_its_home_is_made_again_and_counts_as_no
     table = await made.run(ROOM, Report("single", "r1", 400, 16, 64))
     assert set(table["attempts"].to_pylist()) == {1}
     assert set(table["status"].to_pylist()) == {"ok"}
+
+
+async def test_a_broken_message_costs_an_attempt_only_those_who_fail_alone_too(agents, monkeypatch):
+    monkeypatch.setattr(rollout, "RETRY_S", 0.01)
+    made = agents()
+    handle, culprit = made.handles["single"], PREPARED["tasks"][2].row_id
+    handle.breaks, handle.culprits[culprit] = RayError("broken"), 1
+    table = await made.run()
+    attempts = dict(zip(table["row_id"].to_pylist(), table["attempts"].to_pylist(), strict=True))
+    assert attempts == {task.row_id: 1 + (task.row_id == culprit) for task in PREPARED["tasks"]}
+    assert set(table["status"].to_pylist()) == {"ok"}
+
+
+@pytest.mark.parametrize("gone", [ActorDiedError(), RayError("its home is another now")])
+async def test_calls_that_went_with_their_replica_count_as_attempts(agents, monkeypatch, gone):
+    monkeypatch.setattr(rollout, "RETRY_S", 0.01)
+    made = agents()
+    handle = made.handles["single"]
+    handle.breaks, handle.refuse["r0"] = gone, 100
+    table = await made.run()
+    assert set(table["status"].to_pylist()) == {"failed"}
+    assert set(table["attempts"].to_pylist()) == {made.job.config.limits.max_attempts}
+    if isinstance(gone, ActorDiedError):
+        assert not handle.alone
+
+
+async def test_lines_to_replicas_that_are_gone_are_dropped(agents):
+    made = agents()
+    began, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(calls):
+        began.set()
+        await go_on.wait()
+        yield [(place, call.home) for place, call in enumerate(calls)]
+
+    made.handles["single"].generate_many.remote = slow
+    calls = [asyncio.ensure_future(made._line("single", "r0")(replace(CALL, home="r0")))]
+    await began.wait()
+    made._line("single", "r1")
+    assert list(made.lines) == [("single", "r0"), ("single", "r1")]
+    go_on.set()
+    assert await asyncio.gather(*calls) == ["r0"]
+    await asyncio.sleep(0)
+    made._line("single", "r2")
+    assert list(made.lines) == [("single", "r2")]
 
 
 async def test_a_fenced_row_is_left_to_its_successor(agents, monkeypatch):

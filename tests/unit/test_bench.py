@@ -12,10 +12,11 @@ import pytest
 
 from bench import batch_sizes, engine_gpu, memory_model, react_replay, tensor_parallel
 from bench.common import made_up_tokenizer, model_config
+from bench.scripted import made_up_text
 
 with warnings.catch_warnings():  # Ray Serve's own
     warnings.simplefilter("ignore", DeprecationWarning)
-    from bench import replica
+    from bench import job, replica
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -153,7 +154,7 @@ def test_replica_rates():
     row = replica.row("serve", 0, done, generate=4, at_once=2)
     assert (row["calls"], row["wall_s"], row["calls_s"], row["generated_tok_s"]) == (8, 8.0, 1.0, 4.0)
     assert row["steady_tok_s"] == 3 * 4 / 2  # behind the second call's end at 12: at 13, 13 and 14
-    bare = row | {"engine": "engine", "wall_s": 6.4, "steady_tok_s": 9.0}
+    bare = row | {"engine": "engine", "generated_tok_s": 5.0, "steady_tok_s": 9.0}
     summary = replica.summarize([bare, bare | {"engine": "matcher"}, row])
     assert summary["serve"]["cost"] == pytest.approx(0.25)
     assert summary["serve"]["steady_cost"] == pytest.approx(0.5)
@@ -176,6 +177,9 @@ def test_made_up_words():
     assert len(tokenizer) == 2048
     assert len(tokenizer.decode([1000, 2047]).split()) == 2
     assert tokenizer.decode(tokenizer.encode("Action 1:\n")) == "Action 1:\n"
+    text = made_up_text("seed", 20)
+    assert len(tokenizer.encode(text)) == 20
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @pytest.mark.slow
@@ -189,6 +193,29 @@ def test_replica(tmp_path):
     assert [row["engine"] for row in document["results"]] == ["engine", "matcher", "serve"]
     assert {row["calls"] for row in document["results"]} == {document["results"][0]["calls"]}
     assert any("first token" in line for line in document["workload"]["start"])
+
+
+@pytest.mark.slow
+def test_job(tmp_path):
+    argv = (
+        "--shape tiny --device cpu --trajectories 24 --max-batch 8 --seconds 8 --ramp 1 --prefix 64 "
+        f"--models {tmp_path} --out {tmp_path}/job.json".split()
+    )
+    subprocess.run([sys.executable, "-m", "bench.job", *argv], cwd=ROOT, check=True, timeout=280)
+    document = json.loads((tmp_path / "job.json").read_text())
+    mine, alone = document["results"]
+    assert (mine["engine"], mine["failed"], alone["engine"]) == ("job", 0, "engine")
+    assert mine["rows"] > 0
+    assert 0 < alone["calls"] <= mine["calls"]
+    assert document["summary"]["job"]["steady_cost"] > -1
+
+
+def test_job_steady_rates():
+    ended = [(10.0, 4), (11.5, 4), (12.0, 6), (14.0, 8), (20.0, 8)]
+    row = job.row("job", ended, ramp=1.0, seconds=5.0)  # from 11 to 15
+    assert (row["calls"], row["steady_s"], row["calls_s"], row["steady_tok_s"]) == (5, 4.0, 0.75, 4.5)
+    row = job.row("engine", ended[:4], ramp=1.0, seconds=60.0)  # no more work behind 14
+    assert (row["steady_s"], row["steady_tok_s"]) == (3.0, 6.0)
 
 
 def test_memory_model(tmp_path, monkeypatch):

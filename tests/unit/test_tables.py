@@ -176,6 +176,22 @@ def test_older_files_lack_columns_and_newer_ones_are_refused(tmp_path: Path):
         read_results(tmp_path)
 
 
+def test_many_files_are_read_some_at_a_time_and_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for n in range(5):
+        write_table(
+            rows_to_table([row(row_id=f"q{n}/{i}", sample=i) for i in range(2)], RESULTS), tmp_path / f"{n}.parquet"
+        )
+    where = ds.field("sample") == 1
+    whole = read_results(tmp_path), tables.read_table(tmp_path, RESULTS, ["row_id"], where=where)
+    monkeypatch.setattr(tables, "FILES_AT_ONCE", 2)
+    assert [files.count_rows() for files in tables.open_table(tmp_path, RESULTS)] == [4, 4, 2]
+    assert (read_results(tmp_path), tables.read_table(tmp_path, RESULTS, ["row_id"], where=where)) == whole
+    assert tables.count_rows(tmp_path, RESULTS) == 10
+    write_table(rows_to_table([row(schema_version=tables.SCHEMA_VERSION + 1)], RESULTS), tmp_path / "new.parquet")
+    with pytest.raises(InputError, match="newer"):
+        read_results(tmp_path)
+
+
 def test_bytes_are_written_whole(tmp_path: Path):
     assert tables.read_bytes(tmp_path / "x.json") is None
     tables.write_bytes(b"{}", tmp_path / "deep" / "x.json")
