@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from actors.engine.kernels import STEP
+
 # Chosen on an H100. Of the programs of a multiprocessor about half are resident at a time.
 _OWN = {"BLOCK": 64, "num_warps": 4, "num_stages": 3}
 _RUN = {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
@@ -72,7 +74,7 @@ def _scored(q, k, scale, softcap, CAPPED: tl.constexpr):
     return scores * 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP)
 def _own_kernel(
     q, k, v, k_scale, v_scale, part, log_sum, table, lens, chunk_row, first, chunk_pages,
     rows, q_row, q_head, k_slot, width, scale, softcap, window,
@@ -125,7 +127,7 @@ def _own_kernel(
         tl.store(log_sum + at_part, top + tl.log2(some), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP)
 def _run_kernel(
     q, k, v, k_scale, v_scale, part, log_sum, table, cu_q, cu_k,
     rows, q_row, q_head, k_slot, width, scale, softcap,
@@ -177,7 +179,7 @@ def _run_kernel(
         tl.store(log_sum + at_part, top + tl.log2(some), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP)
 def _merge_kernel(
     part, log_sum, run_part, run_log_sum, first, cu_q, out, rows,
     H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, RUNS: tl.constexpr, SPLITS: tl.constexpr,

@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from actors.engine.kernels import STEP
+
 _LOG2_E = 1.4426950408889634
 # Chosen on an H100. Tiles of 128 queries are quicker but where rows have so few that most of a tile is padding.
 _SETTING = {"BLOCK": 64, "num_warps": 4, "num_stages": 3}
@@ -69,7 +71,7 @@ def _block(
     return total, weight, new_top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP)
 def _kernel(
     q, k, v, k_scale, v_scale, out, table, cu_q, lens, tile_row, first_tile,
     q_token, q_head, width, scale, softcap, window,
