@@ -104,6 +104,8 @@ class Plan:
         decode: every row computes one token.
         rows: for the reference kernel; rows that only pad are left out and attend to nothing.
         shared: in decode, for flash_attn and layers without a window.
+        pages_N: where KV is quantised, the distinct pages that the step reads, int64: kernels get a copy of these in
+            the model's dtype, and page tables, but not slots, count in it.
     """
 
     kv: KVCache
@@ -118,6 +120,7 @@ class Plan:
     decode: bool
     rows: Sequence[Row] = ()
     shared: Shared | None = None
+    pages_N: Tensor | None = None
 
 
 class _Current(threading.local):
@@ -258,9 +261,8 @@ def _attend(
     plan = _current.plan
     if plan is None:
         raise RuntimeError("paged attention was called outside a runner's step")
-    k_PSKD, v_PSKD = plan.kv.k[layer], plan.kv.v[layer]
-    k_PSKD.flatten(0, 1).index_copy_(0, plan.slots_T, k_TKD)
-    v_PSKD.flatten(0, 1).index_copy_(0, plan.slots_T, v_TKD)
+    plan.kv.write(layer, plan.slots_T, k_TKD, v_TKD)
+    k_PSKD, v_PSKD = plan.kv.read(layer, plan.pages_N)
     return KERNELS[plan.kernel](plan, q_THD, k_PSKD, v_PSKD, scale, window, softcap)
 
 

@@ -181,7 +181,9 @@ class Runner:
         self._device = kv.device
         self._max_pages = -(-max_model_len // kv.page_tokens)
         self.asynchronous = kv.device.type == "cuda" and not invariant
-        self._use_graphs = graphs and kernel != "reference" and kv.device.type == "cuda"
+        # What a step copies of quantised KV has another shape each time, so decode on it runs uncaptured until a kernel
+        # reads the 8 bits itself.
+        self._use_graphs = graphs and kernel != "reference" and kv.device.type == "cuda" and not kv.quantised
         self._graphs: dict[int, _Graph] = {}
         self._graph_logits_BV: Tensor | None = None
         self._graph_ids_B: Tensor | None = None
@@ -406,12 +408,21 @@ class Runner:
         )
         host = _Packed.over(flat.numpy(), tokens, len(spans), width)
         _fill(host, spans, self.kv.page_tokens)
+        pages_N = None
+        if self.kv.quantised:
+            pages, place = np.unique(host.table_RP, return_inverse=True)
+            host.table_RP[:] = place.reshape(host.table_RP.shape)
+            pages_N = indices(pages.tolist(), self._device)
         packed = _Packed.over(flat.to(self._device, non_blocking=True), tokens, len(spans), width)
         if moved is not None:
             packed.ids_T[moved[0]] = moved[1]
         at = cast(list[int], host.cu_q_R1.tolist())
         plan = self._plan(packed, max(len(span.token_ids) for span in spans), int(host.lens_R.max()), decode)
-        plan.rows = [Row(at[r], span.start, len(span.token_ids), span.pages) for r, span in enumerate(real)]
+        plan.pages_N = pages_N
+        plan.rows = [
+            Row(at[r], span.start, len(span.token_ids), host.table_RP[r].tolist() if self.kv.quantised else span.pages)
+            for r, span in enumerate(real)
+        ]
         last = [t for r, span in enumerate(real) for t in range(at[r + 1] - span.draws, at[r + 1])]
         last_B = indices(last, self._device)
         with attending(plan):
