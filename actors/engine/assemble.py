@@ -26,7 +26,7 @@ from actors.engine.kv import QUANTISED, KVCache, kv_shapes
 from actors.engine.leader import lead
 from actors.engine.memory import PAGE_TOKENS, THREADS, device_used_bytes, most_pages, predict, weights_bytes
 from actors.engine.paged import PagedEngine
-from actors.engine.protocol import EngineSpec, Memory, MemoryReport
+from actors.engine.protocol import NO_PAGE, EngineSpec, Memory, MemoryReport
 from actors.engine.runner import Runner
 from actors.engine.selfcheck import check_numbers
 from actors.engine.shard import ShardedRunner, split
@@ -250,9 +250,7 @@ def over_model(
         max_batch=batch,
         max_prefill_tokens=prefill,
         max_decode_tokens=batch * DECODE_TOKENS_ROW[device.type] if guesses else 0,
-        numerics=Numerics(
-            "paged", computes, name, kv.kv_dtype, weights, tp, revision, reproducible=invariant
-        ),
+        numerics=Numerics("paged", computes, name, kv.kv_dtype, weights, tp, revision, reproducible=invariant),
         kv_bytes_token=kv.bytes_token * tp,
         memory=memory,
         oom_errors=(torch.OutOfMemoryError, MemoryError),
@@ -316,8 +314,8 @@ def _pages(
     pages = min(most, room // (kv.bytes_page + kv.read_bytes_page))
     if pages < 2:
         raise OutOfMemory(
-            f"no room for KV: a page takes {kv.bytes_page / 2**20:.0f} MiB, {max(0, room) / 2**20:.0f} MiB are left",
-            "load",
+            f"{NO_PAGE}: a page takes {kv.bytes_page / 2**20:.0f} MiB, {max(0, room) / 2**20:.0f} MiB are left",
+            "never_fits",
             2 * kv.bytes_page * tp,
             max(0, room) * tp,
         )

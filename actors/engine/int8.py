@@ -23,9 +23,11 @@ _LARGEST = 127
 class Int8Linear(nn.Linear):
     """`whole` with weights in int8 [out, in] and a scale a row [out] in its dtype, on `device`.
 
-    The scale is rounded to that dtype before it is used, so that its rounding costs nothing. Every int8 is exact in bf16,
-    fp16 and fp32: a product differs from that with the dequantised weights by the rounding of its result alone.
+    The scale is rounded to that dtype before it is used, so that its rounding costs nothing. Every int8 is exact in
+    bf16, fp16 and fp32: a product differs from that with the dequantised weights by the rounding of its result alone.
     """
+
+    bias: nn.Parameter | None  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, whole: nn.Linear, device: torch.device | str):
         super().__init__(whole.in_features, whole.out_features, bias=False, device="meta")
@@ -35,8 +37,9 @@ class Int8Linear(nn.Linear):
         rounded = (weight.float() / scale_O.float()[:, None]).round_().clamp_(-_LARGEST, _LARGEST)
         self.weight = nn.Parameter(rounded.to(torch.int8), requires_grad=False)
         self.scale = nn.Parameter(scale_O, requires_grad=False)
-        if whole.bias is not None:
-            self.bias = nn.Parameter(whole.bias.detach().to(device), requires_grad=False)
+        bias: Any = whole.bias
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().to(device), requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
@@ -53,8 +56,8 @@ def linear_layers(model: Any) -> Generator[tuple[str, nn.Linear]]:
 
 
 def quantise(model: Any, device: torch.device | str) -> None:
-    """Quantise a model's weights and move it to `device`, layer by layer: beside what stays, the device holds one layer in
-    the model's dtype at a time.
+    """Quantise a model's weights and move it to `device`, layer by layer: beside what stays, the device holds one layer
+    in the model's dtype at a time.
 
     Raises:
         UnsupportedModel: it has no linear layer that torch knows as one, as where a checkpoint is quantised already.

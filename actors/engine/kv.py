@@ -3,10 +3,10 @@
 Page 0 is scratch by convention: rows that only pad a batch write there, and no allocator hands it out. Knows nothing
 of who owns a page, of attention, or of models beyond the shapes in their config.
 
-Keys and values may be kept in 8 bits: int8, or float8 e4m3 (Micikevicius et al. 2022), symmetric, with one float32 scale
-for each token and KV head. Unlike the KV caches that quantise keys by channel (KIVI, Liu et al. 2024), a token's numbers
-then depend on that token alone: neither neighbours nor the way a prompt was cut change a bit, and nothing is left in
-full precision until a group is full.
+Keys and values may be kept in 8 bits: int8, or float8 e4m3 (Micikevicius et al. 2022), symmetric, with one float32
+scale for each token and KV head. Unlike in caches that quantise keys by channel (KIVI, Liu et al. 2024), a token's
+numbers then depend on that token alone: neither neighbours nor the way a prompt was cut change a bit, and nothing stays
+in full precision until a group is full.
 
 Shapes: P pages, S tokens a page, K KV heads, D head dimension, T tokens, N pages of a step.
 """

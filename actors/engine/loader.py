@@ -248,8 +248,8 @@ def load_model(
         device: cpu, cuda, cuda:1.
         attn_implementation: eager, sdpa, or a registered attention function; None is transformers' choice.
         adapter: LoRA folder or id, merged into the weights (needs peft).
-        quantization: int8 quantises the decoder's linear layers (see `int8`), after the adapter is merged. They are read
-            through host memory then, so that the device never holds the whole model in `dtype`.
+        quantization: int8 quantises the decoder's linear layers (see `int8`), after the adapter is merged. They are
+            read through host memory then, so that the device never holds the whole model in `dtype`.
 
     Raises:
         ModelUnavailable: no or incomplete weights, unreadable ones, or code that is not allowed to run.
