@@ -9,7 +9,7 @@ from actors.engine.int8 import Int8Linear, linear_layers, quantise, weights_dtyp
 from actors.engine.shard import split
 from actors.errors import UnsupportedModel
 from tests.ranks import shape
-from tests.unit.test_runner import CONFIGS, _one_thread, prompt, runner_of, tiny  # noqa: F401
+from tests.unit.test_runner import A_PAGES, B_PAGES, _one_thread, prompt, row, runner_of, tiny  # noqa: F401
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -52,8 +52,6 @@ def test_the_layers_that_memory_counts_are_quantised(name):
 def test_logits_stay_near_and_layers_compile_in_one_piece():
     torch._dynamo.reset()
     ids = prompt(1)
-    from tests.unit.test_runner import A_PAGES, B_PAGES, row
-
     full = runner_of(tiny("llama"))
     full.step([row(ids, 0, 50, A_PAGES)])
     model = tiny("llama")
@@ -80,9 +78,11 @@ def test_ranks_have_the_parts_of_the_quantised_model(name, changes):
         parts = [shape(name, **changes) for _ in range(size)]
         for rank, part in enumerate(parts):
             split(part, rank, size, torch.device("cpu"), "int8")
-            assert sum(p.nbytes for p in part.parameters()) <= memory.weights_bytes(
-                part.config, torch.float32, "int8", size
-            )
+        plain = shape(name, **changes)
+        split(plain, 0, size, torch.device("cpu"))
+        saved = sum(p.nbytes for p in plain.parameters()) - sum(p.nbytes for p in parts[0].parameters())
+        counted = [memory.weights_bytes(plain.config, torch.float32, kind, size) for kind in (None, "int8")]
+        assert saved == counted[0] - counted[1]
         for field, module in linear_layers(whole):
             mine = [part.get_submodule(field) for part in parts]
             assert all(isinstance(one, Int8Linear) for one in mine)

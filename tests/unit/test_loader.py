@@ -252,7 +252,6 @@ def test_adapter_is_merged(tiny, adapter):
 
 
 @PEFT_IS_BEHIND
-@PEFT_IS_BEHIND
 def test_an_adapter_is_merged_before_weights_are_quantised(tiny, adapter):
     found = loader.load_model(tiny, adapter=str(adapter), quantization="int8")
     wanted = loader.load_model(tiny, adapter=str(adapter))
@@ -262,6 +261,7 @@ def test_an_adapter_is_merged_before_weights_are_quantised(tiny, adapter):
     assert weights_dtype(found) == "int8"
 
 
+@PEFT_IS_BEHIND
 def test_a_pinned_adapter_must_hold(tiny, adapter):
     pinned, revision = loader.pinned_adapter(str(adapter))
     assert loader.pinned_adapter(pinned) == (pinned, revision)

@@ -28,7 +28,7 @@ SHARDED = "pools={sharded: {tensor_parallel_size: %d}}"
         (["fallback=[smaller_batch, kv_sparse]"], "fallback: not done yet .* wants half_precision, kv_fp8, kv_int8, "),
         (
             ["memory.kv_dtype=int8", "engine=reference"],
-            "memory.kv_dtype: the reference engine .* wants auto, or engine: p",
+            "memory.kv_dtype: the reference engine .* wants auto, or",
         ),
     ],
 )
