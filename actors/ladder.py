@@ -23,8 +23,10 @@ Policy = str | Sequence[str]
 
 RUNGS = ("smaller_batch", "shard", "half_precision", "kv_int8", "kv_fp8", "kv_sparse", "weights_int8")
 LOSSY = frozenset(RUNGS) - {"smaller_batch", "shard"}
-OFFERED = frozenset({"smaller_batch", "shard", "half_precision"})
+OFFERED = frozenset(RUNGS) - {"kv_sparse"}
 """What the paged engine does today."""
+FOR_A_ROW = OFFERED - LOSSY
+"""What may be done for one row: all rows of a run have one precision."""
 POLICIES = {
     "same_precision": ("smaller_batch", "shard"),
     "memory_first": ("half_precision", "kv_int8", "kv_fp8", "kv_sparse", "shard", "smaller_batch"),
@@ -138,7 +140,7 @@ def next_rung(
             failed capture goes on without graphs.
         standing: under what it failed.
         policy: same_precision, memory_first, or rungs in order.
-        offered: rungs that the engine does.
+        offered: rungs that the engine does, for what asks.
         max_attempts: bounds everything, whatever the cause.
         shortage: for the reason.
     """
@@ -205,7 +207,7 @@ def order(policy: Policy) -> Sequence[str]:
 def _step(name: str, standing: Standing, hardware: Hardware, offered: frozenset[str]) -> Standing | str:
     """The standing on this rung, or why it is illegal."""
     if name not in offered:
-        return "the engine does not do it"
+        return "for a whole run only, at its start" if name in OFFERED else "the engine does not do it"
     match name:
         case "smaller_batch":
             batch, prefill = standing.max_batch, standing.max_prefill_tokens

@@ -171,7 +171,7 @@ def prefill_rows(heads: tuple[int, int, int], new: Sequence[int], start: Sequenc
     q_THD = draw(sum(new), q_heads, dim) * 4
     table_RP = ints([table + [0] * (max(counts) - len(table)) for table in tables])
     cu_q_R1, lens_R, cu_k_R1 = sums(new), ints(lengths), sums(lengths)
-    queries = prefill.queries_a_tile(q_heads, kv_heads, sum(new), len(new))
+    queries = prefill.queries_a_tile(q_heads, kv_heads, dim, sum(new), len(new))
     tiles = [-(-count // queries) for count in new]
     row_I = ints([row for row, count in enumerate(tiles) for _ in range(count)])
     rows = (cu_q_R1, lens_R, table_RP, row_I, sums(tiles), queries)

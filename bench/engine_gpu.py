@@ -6,8 +6,9 @@ b  half       bf16 and fp16 kernels against fp32 on the same (rounded) weights: 
 c  memory     thousands of short calls: neither torch's memory nor the process grows
 d  oom        a real out-of-memory error, by a cap and by another process: every request completes, tokens unchanged
 e  reuse      replayed trajectories: equal tokens with and without reuse; what is reused, by size of the pool
+f  8 bits     KV in int8 and fp8, weights in int8: logits against those of the model without, in fp32
 
-On a CPU a, c and e run, b and d say skipped. Without --model a random Qwen3-like shape stands in.
+On a CPU a, c, e and f run, b and d say skipped. Without --model a random Qwen3-like shape stands in.
 
     python -m bench.engine_gpu --model smollm2-135m --out bench/results/engine_gpu.json
     python -m bench.engine_gpu --model smollm2-135m --device cpu --only a --prompts 4 --max-prompt 200 --tokens 16
@@ -37,6 +38,7 @@ from torch import Tensor
 
 from actors.engine import loader
 from actors.engine.assemble import over_model
+from actors.engine.int8 import quantise
 from actors.engine.paged import PagedEngine
 from actors.engine.pages import Admission, PageAllocator
 from actors.engine.protocol import Engine, Request
@@ -363,6 +365,69 @@ def half_precision(args: argparse.Namespace, source: Source) -> list[Result]:
             )
         )
         del model, exact, engine, logits, wanted_NGV, apart
+        empty_cache()
+    return results
+
+
+# --- f: 8 bits
+
+EIGHT_BITS = {
+    "kv int8": ("int8", None),
+    "kv fp8": ("fp8", None),
+    "weights int8": ("auto", "int8"),
+    "kv and weights int8": ("int8", "int8"),
+}
+
+
+def eight_bits(args: argparse.Namespace, source: Source) -> list[Result]:
+    """What 8 bits cost in logits, and that the device adds no more to it than without: its error may be that
+    of the same quantisation in fp32, and one and a half times that of half precision alone."""
+    dtype = "bfloat16" if source.device.startswith("cuda") else "float32"
+    model = source.load(dtype)
+    prompts = make_prompts(min(args.prompts, 8), min(args.max_prompt, 700), model.config.vocab_size)
+    tokens = min(args.tokens, 32)
+    pages = pages_for([len(prompt) + tokens for prompt in prompts], 256) + 1
+    options: dict[str, Any] = {"pages": pages, "max_batch": len(prompts), "max_model_len": MAX_MODEL_LEN}
+
+    def logits_of(kind: str | None, exact: bool, kv_dtype: str, **more: Any) -> tuple[Tensor, Any]:
+        one = source.load(dtype)
+        if kind is not None:
+            quantise(one, source.device)
+        engine = over_model(one.float() if exact else one, kv_dtype=kv_dtype, **options, **more)
+        numerics, graphs = engine.numerics, bool(runner_of(engine).captured)
+        found = forced_logits(engine, prompts, wanted)
+        engine.close()
+        return found, (numerics, graphs)
+
+    engine = over_model(model.float(), **options)
+    wanted: Any = together(engine, prompts, tokens)
+    engine.close()
+    full_NGV, _ = logits_of(None, True, "auto")
+    half_NG = relative(logits_of(None, False, "auto", compile="off")[0], full_NGV)
+    results: list[Result] = []
+    for name, (kv_dtype, kind) in EIGHT_BITS.items():
+        begin = time.perf_counter()
+        exact_NGV, _ = logits_of(kind, True, kv_dtype)
+        found_NGV, (numerics, graphs) = logits_of(kind, False, kv_dtype, compile="auto" if kind else "off")
+        price_NG, error_NG = relative(exact_NGV, full_NGV), relative(found_NGV, full_NGV)
+        price, error, half = (float(one.mean()) for one in (price_NG, error_NG, half_NG))
+        results.append(
+            verdict(
+                "f",
+                name,
+                price > 0 and error <= price + 1.5 * half + 1e-6,
+                kernel=numerics.kernel,
+                kv_dtype=numerics.kv_dtype,
+                weights_dtype=numerics.weights_dtype,
+                captured=graphs,
+                error_mean=error,
+                error_max=float(error_NG.max()),
+                error_in_fp32_mean=price,
+                without_mean=half,
+                same_most_likely=float((found_NGV.argmax(-1) == full_NGV.argmax(-1)).float().mean()),
+                seconds=round(time.perf_counter() - begin, 1),
+            )
+        )
         empty_cache()
     return results
 
@@ -758,6 +823,7 @@ CHECKS: dict[str, Callable[[argparse.Namespace, Source], list[Result]]] = {
     "c": memory,
     "d": oom,
     "e": reuse,
+    "f": eight_bits,
 }
 
 
@@ -765,7 +831,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--only", default="a,b,c,d,e", help="comma-separated checks (default: all)")
+    add("--only", default="a,b,c,d,e,f", help="comma-separated checks (default: all)")
     add("--model", help="folder, .gguf, or smollm2-135m (default: random weights of --shape)")
     add("--shape", choices=("small", "tiny"), default="small")
     add("--device", default=default_device())

@@ -56,7 +56,7 @@ class ModelConfig(Part):
     revision: str | None = Field(default=None, description="branch, tag or commit; resolved to a commit and recorded")
     adapter: str | None = Field(default=None, description="LoRA adapter, folder or HF id[@revision], merged at load")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="auto: by hardware")
-    quantization: Literal["int8"] | None = Field(default=None, description="weight quantisation")
+    quantization: Literal["int8"] | None = Field(default=None, description="weights of the decoder's linear layers")
     max_model_len: PositiveInt | None = Field(
         default=None, description="longest context in tokens; the model's own if null"
     )
@@ -113,7 +113,7 @@ class MemoryConfig(Part):
     gpu_memory_fraction: float | None = Field(default=None, gt=0, le=1, description="torch's per-process cap")
     max_prefill_tokens: PositiveInt | Auto = Field(default="auto", description="tokens a prefill step may take")
     max_batch: PositiveInt | Auto = Field(default="auto", description="rows decoded together")
-    kv_dtype: Literal["auto", "int8", "fp8"] = Field(default="auto", description="auto: the model's dtype")
+    kv_dtype: Literal["auto", "int8", "fp8"] = Field(default="auto", description="of KV; auto: the model's dtype")
 
 
 class ReplicaRange(Part):

@@ -346,6 +346,8 @@ def make_plan(config: RunConfig, gpus: Sequence[Gpu]) -> Plan:
         check_format(config.agent.format, tokenizer, specs(tools))
     model_len = context_tokens(config, model_config)
     expected = forecast(config, suite, tools, tokenizer, model_len)
+    if config.memory.kv_dtype != "auto" or config.model.quantization is not None:
+        notes.append("8 bits are unpacked before they are used: that takes time which is not counted here")
     if config.fallback != "same_precision":
         notes.append("of the fallback's rungs only smaller_batch and shard are planned")
     return Plan(

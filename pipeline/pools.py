@@ -21,9 +21,9 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from ray.util import placement_group_table
 
-from actors.engine.protocol import Capacity, EngineSpec
+from actors.engine.protocol import NO_PAGE, Capacity, EngineSpec
 from actors.errors import EngineDead, EngineError, Incomplete, InputError, OutOfMemory
-from actors.ladder import OFFERED, GiveUp, Hardware, Standing, next_rung
+from actors.ladder import LOSSY, OFFERED, GiveUp, Hardware, Rung, Standing, next_rung, order
 from actors.messages import Numerics
 from pipeline.config import RunConfig
 from pipeline.sharing import Need, Sized, Turns, sized
@@ -89,13 +89,17 @@ def engine_spec(config: RunConfig) -> EngineSpec:
     )
 
 
-def deploy(config: RunConfig, app: str, ledger: str, say: Callable[[str], None]) -> Served:
+def deploy(
+    config: RunConfig, app: str, ledger: str, say: Callable[[str], None], longest: Callable[[], int] = lambda: 0
+) -> Served:
     """Start the replicas as the application `app` and wait for the first. Where the model fits no replica of the
-    smallest pool, the fallback says how to go on.
+    smallest pool, or the longest row not its KV, the fallback says how to go on; a rung that changes the precision is
+    for the whole run, and such a row goes to a larger pool only if none comes first.
 
     Args:
         ledger: name of the actor that replicas report to.
         say: is told why the fallback was needed.
+        longest: forecast of the longest row in tokens; asked only where the fallback may change the precision.
 
     Raises:
         InputError: there are not enough GPUs, or the engine refuses the model.
@@ -103,7 +107,6 @@ def deploy(config: RunConfig, app: str, ledger: str, say: Callable[[str], None])
     """
     gpus = int(ray.cluster_resources().get("GPU", 0))
     chosen, spec, rung = config.pools, engine_spec(config), "start"
-    offered = OFFERED - ({"half_precision"} if config.numerics == "invariant" else set())
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
     while True:
         pools = sized(chosen, gpus)
@@ -111,21 +114,50 @@ def deploy(config: RunConfig, app: str, ledger: str, say: Callable[[str], None])
             _check_gpus(pools, gpus)
         try:
             first = _start(config, pools, spec, app, ledger)
-            break
         except OutOfMemory as e:
             dtype = "bfloat16" if spec.dtype == "auto" else spec.dtype
-            standing = Standing(pools[0].name, pools[0].tp, dtype=dtype)
-            hardware = Hardware(gangs=tuple((pool.tp, pool.name) for pool in pools))
-            found = next_rung("load", standing, hardware, config.fallback, offered=offered)
+            found = _next(config, pools, spec, dtype, e)
             if isinstance(found, GiveUp):
                 raise Incomplete(f"the model fits no pool: {e}; {found.reason}") from e
-            rung = found.name
-            if rung == "half_precision":
-                spec = replace(spec, dtype=found.standing.dtype)
-            chosen = {name: pool for name, pool in chosen.items() if pool.tensor_parallel_size >= found.standing.tp}
-            say(f"{e}; next: {rung}, {found.standing.dtype} in pool {found.standing.pool}")
-    numerics, capacity = first.describe.remote().result()
-    return Served(pools, numerics, capacity, rung)
+            why = str(e)
+        else:
+            numerics, capacity = first.describe.remote().result()
+            short = _short(capacity, longest) if LOSSY & set(order(config.fallback)) else None
+            found = short and _next(config, pools, spec, numerics.dtype, short)
+            if not isinstance(found, Rung) or not found.lossy:
+                return Served(pools, numerics, capacity, rung)
+            why = str(short)
+            serve.delete(app)
+        rung, at = found.name, found.standing
+        chosen = {name: pool for name, pool in chosen.items() if pool.tensor_parallel_size >= at.tp}
+        spec = replace(
+            spec,
+            dtype=at.dtype if rung == "half_precision" else spec.dtype,
+            kv_dtype=at.kv_dtype,
+            quantization=None if at.weights_dtype == "auto" else at.weights_dtype,
+        )
+        say(f"{why}; next: {rung}, {at.dtype}, KV {at.kv_dtype}, weights {at.weights_dtype} in pool {at.pool}")
+
+
+def _next(config: RunConfig, pools: Sequence[Sized], spec: EngineSpec, dtype: str, error: OutOfMemory) -> Rung | GiveUp:
+    """The fallback's next rung for the smallest pool, all of whose rows are to have the same precision."""
+    offered = OFFERED
+    if config.numerics == "invariant":
+        offered -= {"half_precision"}
+    if config.engine != "paged":
+        offered -= {"kv_int8", "kv_fp8"}
+    weights = spec.quantization or "auto"
+    standing = Standing(pools[0].name, pools[0].tp, dtype=dtype, kv_dtype=spec.kv_dtype, weights_dtype=weights)
+    hardware = Hardware(gangs=tuple((pool.tp, pool.name) for pool in pools))
+    return next_rung(error.stage, standing, hardware, config.fallback, offered=offered)
+
+
+def _short(capacity: Capacity, longest: Callable[[], int]) -> OutOfMemory | None:
+    """What the KV pool lacks for the longest row; None where it fits, or the engine holds no pages."""
+    room = capacity.pages_total * capacity.page_tokens
+    if not room or (tokens := longest()) <= room:
+        return None
+    return OutOfMemory(f"the longest row may take {tokens:,} tokens, a replica's KV holds {room:,}", "never_fits")
 
 
 def _check_gpus(pools: Sequence[Sized], gpus: int) -> None:
@@ -223,7 +255,7 @@ def failure(said: str) -> Exception:
         if kind in {"UnsupportedModel", "ModelUnavailable", "InputError"}:
             return InputError(rest)
         if kind == "OutOfMemory":
-            return OutOfMemory(rest, "load")
+            return OutOfMemory(rest, "never_fits" if rest.startswith(NO_PAGE) else "load")
     return Incomplete("no replica started:\n" + "\n".join(lines[-15:]))
 
 

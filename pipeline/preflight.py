@@ -149,12 +149,13 @@ def transcript(config: RunConfig, suite: Suite, tools: Sequence[Tool], tokenizer
 
 def _check_built(config: RunConfig) -> None:
     """Refuse what the config can say and Berth does not do yet, rather than do something else."""
-    for field, got, wants in (
-        ("model.quantization", config.model.quantization, None),
-        ("memory.kv_dtype", config.memory.kv_dtype, "auto"),
-    ):
-        if got != wants:
-            raise InputError("not done yet", field=field, got=got, wants=str(wants or "null"))
+    if config.memory.kv_dtype != "auto" and config.engine == "reference":
+        raise InputError(
+            "the reference engine keeps KV in the model's dtype",
+            field="memory.kv_dtype",
+            got=config.memory.kv_dtype,
+            wants="auto, or engine: paged",
+        )
     if config.numerics == "invariant" and config.model.dtype not in ("auto", "float32"):
         raise InputError("kept in float32 only", field="numerics", got="invariant", wants="model.dtype: float32")
     if ":" in config.engine:

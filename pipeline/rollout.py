@@ -37,7 +37,7 @@ from actors import ledger
 from actors.agent import Limits, Rollout
 from actors.engine.protocol import Capacity
 from actors.errors import BerthError, EngineDead, EngineError, Fenced, Incomplete, InputError, NotHome, OutOfMemory
-from actors.ladder import GiveUp, Hardware, Shortage, Standing, next_rung
+from actors.ladder import FOR_A_ROW, GiveUp, Hardware, Shortage, Standing, next_rung
 from actors.messages import Call, DeviceBytes, Forecast, Generation, Numerics, Reply, Sampling, Trajectory
 from actors.placement import own_pages
 from actors.router import session_id
@@ -407,6 +407,7 @@ class Attempts:
             Standing(pool, sizes[pool], attempts=self.tries),
             Hardware(gangs=tuple((size, name) for name, size in sizes.items())),
             self.job.config.fallback,
+            offered=FOR_A_ROW,
             max_attempts=self.job.config.limits.max_attempts,
             shortage=Shortage(error.needed_bytes, error.free_bytes),
         )

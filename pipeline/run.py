@@ -33,6 +33,7 @@ import pyarrow.dataset as ds
 from pyarrow.fs import FileSelector, FileType
 
 from actors.errors import Incomplete, InputError, RunConflict
+from actors.messages import Numerics
 from pipeline import __version__
 from pipeline.config import RunConfig, dump
 from pipeline.console import Screen, duration, eta
@@ -228,6 +229,16 @@ def write_manifest(prepared: Prepared, learned: Forecaster) -> None:
         write_table(rows_to_table(some, TASKS), f"{out}/tasks/tasks-{part:06d}.parquet")
 
 
+def longest(out: str) -> int:
+    """Tokens of the run's longest row at its peak, by the manifest's forecasts at 95 %."""
+    return max(read_table(f"{out}/tasks", TASKS, ["p95_tokens"])["p95_tokens"].to_pylist(), default=0)
+
+
+def _eight_bit(numerics: Numerics) -> str:
+    parts = (("KV", numerics.kv_dtype), ("weights", numerics.weights_dtype))
+    return "".join(f", {what} {dtype}" for what, dtype in parts if dtype != numerics.dtype)
+
+
 def forecaster(prepared: Prepared) -> Forecaster:
     """A forecaster that has learned from the run folders beside this run's: rows of the same suite and model."""
     found, parent = untaught(prepared), prepared.config.out.rstrip("/").rpartition("/")[0]
@@ -282,13 +293,20 @@ def roll_out(prepared: Prepared, learned: Forecaster, info: dict[str, Any], scre
             if config.ray.address is not None:
                 keeper = rollout.keep(app, journal)
             screen.line("model", f"loading {config.model.id} into the {config.engine} engine")
-            served = pools.deploy(config, app, rollout.ledger_name(app), lambda said: screen.line("memory", said))
+            served = pools.deploy(
+                config,
+                app,
+                rollout.ledger_name(app),
+                lambda said: screen.line("memory", said),
+                lambda: longest(config.out),
+            )
             leases = rollout.start_ledger(app, served)
             numerics, capacity = served.numerics, served.capacity
             screen.line(
                 "replicas",
-                f"{served.replicas} ready after {duration(time.monotonic() - started)}: {numerics.dtype}, attention "
-                f"{numerics.kernel}, context {capacity.max_model_len:,} tokens, batch {capacity.max_batch}",
+                f"{served.replicas} ready after {duration(time.monotonic() - started)}: "
+                f"{numerics.dtype}{_eight_bit(numerics)}, attention {numerics.kernel}, "
+                f"context {capacity.max_model_len:,} tokens, batch {capacity.max_batch}",
             )
             info["numerics"] = {name: getattr(numerics, name) for name in numerics.__slots__}
             info["gpus"] = rollout.cluster_gpus()

@@ -96,7 +96,7 @@ def prefills(dtype, window, softcap, quantized):
             for cache in caches:
                 cache[table[-1], (length - 1) % S + 1 :] = float("inf")
     q_THD = (torch.randn(K * G, sum(new), D) * 3).to(dtype).transpose(0, 1)
-    queries = prefill.queries_a_tile(K * G, K, sum(new), len(new))
+    queries = prefill.queries_a_tile(K * G, K, D, sum(new), len(new))
     tiles = [-(-count // queries) for count in new]
     rows = (sums(new), ints(lens), table_RP, repeated(tiles), sums(tiles), queries)
     got = prefill.attend(q_THD, *caches, *rows, D**-0.5, window, softcap, *scales)

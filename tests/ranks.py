@@ -51,14 +51,24 @@ def fail_once(model, call: int, error: Exception) -> None:
 
 
 def engine(
-    name, rank, size, port, options, deadline_s=60.0, fail_at=None, error="MemoryError", changes=None, on="cpu float32"
+    name,
+    rank,
+    size,
+    port,
+    options,
+    deadline_s=60.0,
+    fail_at=None,
+    error="MemoryError",
+    changes=None,
+    on="cpu float32",
+    quantization=None,
 ):
     """Rank 0's engine; other ranks serve, then raise SystemExit."""
     place, _, dtype = on.partition(" ")
     device = torch.device(place)
     gang = Gang(rank, size, device, port, deadline_s=deadline_s)
     model = shape(name, **(changes or {})).to(getattr(torch, dtype))
-    split(model, rank, size, device)
+    split(model, rank, size, device, quantization)
     if fail_at is not None:
         fail_once(model, fail_at, {"MemoryError": MemoryError, "RuntimeError": RuntimeError}[error]("injected"))
     return over_model(model, gang=gang, **options)

@@ -21,11 +21,12 @@ import torch
 from actors.engine import loader
 from actors.engine.attention import kernels_for
 from actors.engine.gang import START_S, Gang
-from actors.engine.kv import KVCache, kv_shapes
+from actors.engine.int8 import weights_dtype
+from actors.engine.kv import QUANTISED, KVCache, kv_shapes
 from actors.engine.leader import lead
 from actors.engine.memory import PAGE_TOKENS, THREADS, device_used_bytes, most_pages, predict, weights_bytes
 from actors.engine.paged import PagedEngine
-from actors.engine.protocol import EngineSpec, Memory, MemoryReport
+from actors.engine.protocol import NO_PAGE, EngineSpec, Memory, MemoryReport
 from actors.engine.runner import Runner
 from actors.engine.selfcheck import first_right
 from actors.engine.shard import ShardedRunner, split
@@ -81,8 +82,8 @@ def build(spec: EngineSpec) -> PagedEngine:
         InputError: no kernel for this device and dtype, or numerics that it cannot keep.
         OutOfMemory: the weights do not fit, which is refused before they are read, or leave no room for a KV page.
     """
-    if spec.kv_dtype != "auto":
-        raise InputError("KV is kept in the model's dtype", field="memory.kv_dtype", got=spec.kv_dtype, wants="auto")
+    if spec.kv_dtype not in ("auto", *QUANTISED):
+        raise InputError("no such KV dtype", field="memory.kv_dtype", got=spec.kv_dtype, wants="auto | int8 | fp8")
     start = Start()
     device = torch.device(spec.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and spec.gpu_memory_fraction is not None:
@@ -104,11 +105,11 @@ def build(spec: EngineSpec) -> PagedEngine:
                 str(loader.resolve_dtype(spec.dtype, device)).removeprefix("torch."),
                 device if gang is None else "cpu",
                 adapter=spec.adapter,
-                quantization=spec.quantization,
+                quantization=spec.quantization if gang is None else None,
                 trust_remote_code=spec.trust_remote_code,
             )
             if gang is not None:
-                split(model, gang.rank, gang.size, device)
+                split(model, gang.rank, gang.size, device, spec.quantization)
     except torch.OutOfMemoryError as e:
         raise OutOfMemory(f"the weights of {spec.model} do not fit this GPU: {e}", "load") from e
     return over_model(
@@ -121,6 +122,7 @@ def build(spec: EngineSpec) -> PagedEngine:
         invariant=spec.numerics == "invariant",
         speculation=spec.speculation,
         compile=spec.compile,
+        kv_dtype=spec.kv_dtype,
         budget_fraction=spec.budget_fraction * (spec.gpu_memory_fraction or 1.0),
         gang=gang,
         start=start,
@@ -157,6 +159,7 @@ def over_model(
     graphs: bool = True,
     speculation: str = "auto",
     compile: str = "auto",
+    kv_dtype: str = "auto",
     budget_fraction: float = 0.9,
     gang: Gang | None = None,
     start: Start | None = None,
@@ -170,6 +173,7 @@ def over_model(
         pages: KV pages, the scratch page included; None takes what the budget leaves.
         invariant: same row, same tokens, whatever else runs; float32 only.
         speculation, compile: on, off or auto, see `EngineSpec`.
+        kv_dtype: auto is the model's; int8 or fp8.
         budget_fraction: share of the GPU's memory to use.
         gang: this rank's seat, the model being its part (see `shard.split`). Ranks other than 0 do not return: they
             serve until rank 0's engine is closed, then raise SystemExit.
@@ -177,7 +181,7 @@ def over_model(
     """
     start = start or Start()
     tp = 1 if gang is None else gang.size
-    device, dtype = model.device, model.dtype
+    device, dtype, weights = model.device, model.dtype, weights_dtype(model)
     if invariant and dtype != torch.float32:
         raise InputError("kept in float32 only", field="numerics", got="invariant", wants="model.dtype: float32")
     kernels: Any = [kernel] if kernel else ["reference"] if invariant else kernels_for(device, dtype, model.config)
@@ -185,7 +189,7 @@ def over_model(
     batch = max_batch or MAX_BATCH[device.type]
     prefill = max_prefill_tokens or MAX_PREFILL_TOKENS[device.type]
     guesses = speculation == "on" or (speculation == "auto" and device.type == "cpu")
-    kv = KVCache(kv_shapes(model.config, tp), 2, page_tokens, dtype, device)
+    kv = KVCache(kv_shapes(model.config, tp), 2, page_tokens, dtype, device, kv_dtype)
     with start.part("check"):
         chosen = first_right(kernels, kv, model.config)
     kind: Any = Runner if gang is None else partial(ShardedRunner, gang=gang)
@@ -205,6 +209,8 @@ def over_model(
             model.config,
             tp=tp,
             dtype=dtype,
+            quantization="int8" if weights == "int8" else None,
+            kv_dtype=kv_dtype,
             max_prefill_tokens=prefill,
             max_batch=batch,
             max_model_len=length,
@@ -219,7 +225,9 @@ def over_model(
         with start.part("profile"):
             measured |= _measure(runner, before)
     with nullcontext() if gang is None else gang.agreed(START_S):
-        count = pages or _pages(kv, predicted, measured, budget_fraction, most_pages(batch, length, page_tokens), tp)
+        most = most_pages(batch, length, page_tokens)
+        page_bytes = kv.bytes_page + (0 if chosen == "triton" else kv.read_bytes_page)
+        count = pages or _pages(kv, page_bytes, predicted, measured, budget_fraction, most, tp)
     count = count if gang is None else gang.smallest(count)
     with start.part("pool"):
         runner.resize(count)
@@ -244,14 +252,24 @@ def over_model(
         max_batch=batch,
         max_prefill_tokens=prefill,
         max_decode_tokens=batch * DECODE_TOKENS_ROW[device.type] if guesses else 0,
-        numerics=Numerics("paged", computes, name, name, name, tp, revision, reproducible=invariant),
+        numerics=Numerics("paged", computes, name, kv.kv_dtype, weights, tp, revision, reproducible=invariant),
         kv_bytes_token=kv.bytes_token * tp,
         memory=memory,
         oom_errors=(torch.OutOfMemoryError, MemoryError),
         drop_caches=leader.drop_caches if leader else torch.cuda.empty_cache if device.type == "cuda" else lambda: None,
         on_close=leader.close if leader else lambda: None,
         squeezed=_squeezed(device) if device.type == "cuda" else lambda: False,
+        works=partial(_works, device),
     )
+
+
+def _works(device: torch.device) -> bool:
+    """Whether the CUDA context has survived an error."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _squeezed(device: torch.device) -> Callable[[], bool]:
@@ -292,9 +310,19 @@ def _measure(runner: Runner, before: int) -> dict[str, int]:
 
 
 def _pages(
-    kv: KVCache, predicted: Memory, measured: Mapping[str, int], budget_fraction: float, most: int, tp: int
+    kv: KVCache,
+    page_bytes: int,
+    predicted: Memory,
+    measured: Mapping[str, int],
+    budget_fraction: float,
+    most: int,
+    tp: int,
 ) -> int:
-    """How many pages fit by what was measured; for what comes later (graphs, slack), by what is predicted."""
+    """How many pages fit by what was measured; for what comes later (graphs, slack), by what is predicted.
+
+    Args:
+        page_bytes: of a page, and of what a step that reads it copies of it: one may read all of the pool.
+    """
     if kv.device.type == "cpu":
         room = int(CPU_POOL_FRACTION / tp * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
     else:
@@ -304,11 +332,11 @@ def _pages(
         room -= max(measured["activation_bytes"], measured["logits_bytes"])
         # The engine's own thread will want a workspace too.
         room -= predicted.graph_bytes + predicted.slack_bytes + predicted.workspace_bytes // THREADS
-    pages = min(most, room // kv.bytes_page)
+    pages = min(most, room // page_bytes)
     if pages < 2:
         raise OutOfMemory(
-            f"no room for KV: a page takes {kv.bytes_page / 2**20:.0f} MiB, {max(0, room) / 2**20:.0f} MiB are left",
-            "load",
+            f"{NO_PAGE}: a page takes {kv.bytes_page / 2**20:.0f} MiB, {max(0, room) / 2**20:.0f} MiB are left",
+            "never_fits",
             2 * kv.bytes_page * tp,
             max(0, room) * tp,
         )

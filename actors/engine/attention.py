@@ -106,6 +106,8 @@ class Plan:
         decode: every row computes one token.
         rows: for the reference kernel; rows that only pad are left out and attend to nothing.
         units: for the Triton kernels.
+        pages_N: where KV is quantised, the distinct pages that the step reads, int64: kernels other than Triton's get a
+            copy of these in the model's dtype, and page tables, but not slots, count in it.
     """
 
     kv: KVCache
@@ -120,6 +122,7 @@ class Plan:
     decode: bool
     rows: Sequence[Row] = ()
     units: Units | None = None
+    pages_N: Tensor | None = None
 
 
 class _Current(threading.local):
@@ -266,20 +269,31 @@ def _unsupported(argument: str, got: object) -> UnsupportedModel:
     )
 
 
+def attend(
+    plan: Plan,
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    layer: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Write a step's keys and values into their pages, then attend causally from its queries. Returns [T, H, D]."""
+    if plan.kernel == "triton":
+        return _triton(plan, q_THD, k_TKD, v_TKD, layer, scale, window, softcap)
+    plan.kv.write(layer, plan.slots_T, k_TKD, v_TKD)
+    k_PSKD, v_PSKD = plan.kv.read(layer, plan.pages_N)
+    return KERNELS[plan.kernel](plan, q_THD, k_PSKD, v_PSKD, scale, window, softcap)
+
+
 def _attend(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: int, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    """Write a step's keys and values into their pages, then attend causally from its queries. Returns [T, H, D]."""
     plan = _current.plan
     if plan is None:
         raise RuntimeError("paged attention was called outside a runner's step")
-    k_PSKD, v_PSKD = plan.kv.k[layer], plan.kv.v[layer]
-    if plan.kernel == "triton":
-        _triton_kernels()[0](k_TKD, v_TKD, k_PSKD, v_PSKD, plan.slots_T)
-    else:
-        k_PSKD.flatten(0, 1).index_copy_(0, plan.slots_T, k_TKD)
-        v_PSKD.flatten(0, 1).index_copy_(0, plan.slots_T, v_TKD)
-    return KERNELS[plan.kernel](plan, q_THD, k_PSKD, v_PSKD, scale, window, softcap)
+    return attend(plan, q_THD, k_TKD, v_TKD, layer, scale, window, softcap)
 
 
 def _attend_fake(
@@ -305,17 +319,33 @@ def _flash(
     return varlen(q_THD, k_PSKD, v_PSKD, plan.cu_q_R1, plan.cu_k_R1, plan.max_q, plan.max_k, **options)
 
 
+def queries_a_tile(heads: int, kv_heads: int, dim: int, tokens: int, rows: int) -> int:
+    """Query tokens of one of `Units`' tiles in a step of so many tokens and rows."""
+    from actors.engine.kernels.prefill import queries_a_tile  # torch does not bring Triton everywhere
+
+    return queries_a_tile(heads, kv_heads, dim, tokens, rows)
+
+
 def _triton(
-    plan: Plan, q_THD: Tensor, k_PSKD: Tensor, v_PSKD: Tensor, scale: float, window: int | None, softcap: float | None
+    plan: Plan,
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    layer: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     units = plan.units
     if units is None:
         raise RuntimeError("a step for the Triton kernels was not cut into units")
-    _, prefill, decode = _triton_kernels()
+    write, prefill, decode = _triton_kernels()
+    cache, scales = (plan.kv.k[layer], plan.kv.v[layer]), (plan.kv.k_scale[layer], plan.kv.v_scale[layer])
+    write(k_TKD, v_TKD, *cache, plan.slots_T, *scales)
     rows = (plan.lens_R, plan.table_RP, units.row_I, units.first_R1)
     if plan.decode:
-        return decode(q_THD, k_PSKD, v_PSKD, *rows, units.pages_1, units.runs, scale, window, softcap)
-    return prefill(q_THD, k_PSKD, v_PSKD, plan.cu_q_R1, *rows, units.queries, scale, window, softcap)
+        return decode(q_THD, *cache, *rows, units.pages_1, units.runs, scale, window, softcap, *scales)
+    return prefill(q_THD, *cache, plan.cu_q_R1, *rows, units.queries, scale, window, softcap, *scales)
 
 
 def _torch_varlen(
@@ -450,7 +480,6 @@ def _has_paged_varlen() -> bool:
 
 
 KERNELS: dict[Kernel, Callable[..., Tensor]] = {
-    "triton": _triton,
     "flash_attn": _flash,
     "torch_varlen": _torch_varlen,
     "sdpa": _sdpa,

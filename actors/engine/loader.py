@@ -248,17 +248,16 @@ def load_model(
         device: cpu, cuda, cuda:1.
         attn_implementation: eager, sdpa, or a registered attention function; None is transformers' choice.
         adapter: LoRA folder or id, merged into the weights (needs peft).
-        quantization: None; int8 is not done yet.
+        quantization: int8 quantises the decoder's linear layers (see `int8`), after the adapter is merged. They are
+            read through host memory then, so that the device never holds the whole model in `dtype`.
 
     Raises:
         ModelUnavailable: no or incomplete weights, unreadable ones, or code that is not allowed to run.
         UnsupportedModel: an architecture that transformers cannot run as a causal language model.
-        InputError: an adapter without peft, a quantization that is not done, an unknown dtype.
+        InputError: an adapter without peft, an unknown dtype or quantization.
     """
-    if quantization is not None:
-        raise InputError(
-            "not yet: weights are not quantized", field="model.quantization", got=quantization, wants="null"
-        )
+    if quantization not in (None, "int8"):
+        raise InputError("unknown quantization", field="model.quantization", got=quantization, wants="int8 | null")
     folder = Path(folder)
     _check_weights(folder, "config.json")
     config = load_config(folder, trust_remote_code=trust_remote_code)
@@ -266,7 +265,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    if str(device) != "cpu":
+    if str(device) != "cpu" and quantization is None:
         options["device_map"] = {"": device}
     log.info("loading %s on %s", folder, device)
     try:
@@ -297,7 +296,12 @@ def load_model(
                 f"the weights do not fit config.json: {len(names)} {kind.replace('_', ' ')}, first {names[0]}",
                 file=str(folder),
             )
-    return (_merge_adapter(model, adapter) if adapter else model).eval()
+    model = (_merge_adapter(model, adapter) if adapter else model).eval()
+    if quantization is not None:
+        from actors.engine.int8 import quantise
+
+        quantise(model, device)
+    return model
 
 
 # --- repositories and folders

@@ -3,9 +3,11 @@
 weights      every parameter of the model, instantiated on the meta device. Under tensor parallelism transformers' own
              plan says what is split: linear layers, experts, the head, the embedding by vocabulary; norms and what the
              plan does not name stay whole on each rank. int8 stands for the linear layers of the decoder: a byte a
-             weight and a scale a row; head, embedding, norms and stacked experts keep the dtype.
+             weight and a scale a row; head, embedding, norms and stacked experts keep the dtype. A layer is unpacked
+             while it computes, which a step has to hold for the largest of them.
 KV           2 · KV heads · head dimension · bytes, over all layers; a layer with a sliding window keeps all tokens too,
-             since a page holds a token of every layer.
+             since a page holds a token of every layer. In 8 bits: 2 · KV heads · (head dimension + 4), the scales; and
+             beside each page of the pool room for the copy that a step makes of one layer of it.
 activations  the model's own forward is run on the meta device over a few tokens, with our attention's fake, and the
              bytes of live tensors are counted; they grow with the tokens of a step. Nothing is kept for a backward
              pass, so the peak lies in one layer. For a dense one of hidden size E, MLP size I, head dimension D that is
@@ -42,13 +44,14 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.engine.attention import NAME
-from actors.engine.kv import kv_bytes_token, kv_shapes
+from actors.engine.int8 import linear_layers
+from actors.engine.kv import QUANTISED, kv_bytes_token, kv_shapes, read_bytes_token
 from actors.engine.protocol import Memory
 from actors.engine.runner import graph_sizes
 from actors.engine.sampling import CHUNK_ROWS, choose
@@ -65,7 +68,6 @@ THREADS = 2
 """Threads that run steps, each with a workspace: the one that builds the engine, and the engine's."""
 SORT_BYTES = 12
 """A number being sorted: a second key and index."""
-KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _TRACED_TOKENS = 256
 _SHARDED = re.compile(r"(packed_)?(colwise|rowwise)|embedding_(rowwise|colwise)|colwise_\w+|rowwise_\w+")
 
@@ -97,6 +99,7 @@ class _Weight:
     numel: int
     rows: int
     sharded: bool
+    by_rows: bool  # a part has whole rows
     linear: bool  # of a decoder layer's nn.Linear
 
 
@@ -117,20 +120,26 @@ def weights_bytes(config: Any, dtype: torch.dtype, quantization: str | None = No
     """Bytes of the weights on one of `tp` ranks."""
     total = 0
     for weight in _weights(_key(config)):
-        parts = tp if weight.sharded else 1
-        numel, rows = -(-weight.numel // parts), -(-weight.rows // parts)
+        numel = -(-weight.numel // (tp if weight.sharded else 1))
+        rows = -(-weight.rows // (tp if weight.by_rows else 1))
         int8 = quantization == "int8" and weight.linear
         total += numel + rows * dtype.itemsize if int8 else numel * dtype.itemsize
     return total
 
 
+def unpacked_bytes(config: Any, dtype: torch.dtype, quantization: str | None = None, tp: int = 1) -> int:
+    """What an int8 layer adds while it computes: its weights in `dtype`, of the largest layer; else 0."""
+    sizes = [-(-one.numel // (tp if one.sharded else 1)) for one in _weights(_key(config)) if one.linear]
+    return max(sizes, default=0) * dtype.itemsize if quantization == "int8" else 0
+
+
 def kv_token_bytes(config: Any, dtype: torch.dtype, kv_dtype: str = "auto", tp: int = 1) -> int:
-    """KV bytes of a token on one of `tp` ranks; scales of a quantised cache are not counted.
+    """KV bytes of a token on one of `tp` ranks, scales included.
 
     Raises:
         ValueError: the KV heads cannot be split over the ranks.
     """
-    return kv_bytes_token(kv_shapes(config, tp), KV_DTYPES.get(kv_dtype, dtype))
+    return kv_bytes_token(kv_shapes(config, tp), QUANTISED.get(kv_dtype, dtype))
 
 
 def activation_bytes(config: Any, dtype: torch.dtype, tokens: int, tp: int = 1) -> int:
@@ -148,11 +157,20 @@ def logits_bytes(config: Any, dtype: torch.dtype, batch: int) -> int:
     return drawing
 
 
-def graph_bytes(config: Any, dtype: torch.dtype, batch: int, max_model_len: int, hopper: bool, tp: int = 1) -> int:
+def graph_bytes(
+    config: Any,
+    dtype: torch.dtype,
+    batch: int,
+    max_model_len: int,
+    hopper: bool,
+    tp: int = 1,
+    quantization: str | None = None,
+) -> int:
     """Captured decode steps of all sizes up to `batch`."""
     sizes = graph_sizes(batch)
     logits = batch * config.vocab_size * dtype.itemsize
-    pool = max(activation_bytes(config, dtype, batch, tp), logits + batch * config.hidden_size * dtype.itemsize)
+    step = activation_bytes(config, dtype, batch, tp) + unpacked_bytes(config, dtype, quantization, tp)
+    pool = max(step, logits + batch * config.hidden_size * dtype.itemsize)
     packed = 4 * sum(size + 5 for size in sizes) * (-(-max_model_len // PAGE_TOKENS) + 6)
     return pool + logits + 8 * batch + packed + 2 * CUBLAS_BYTES[hopper]
 
@@ -189,21 +207,28 @@ def predict(
     """
     page_bytes = kv_token_bytes(config, dtype, kv_dtype, tp) * PAGE_TOKENS
     activations = activation_bytes(config, dtype, max(max_prefill_tokens, max_batch), tp)
+    activations += unpacked_bytes(config, dtype, quantization, tp)
     logits = logits_bytes(config, dtype, max_batch)
+    # Triton's kernels read quantised KV as it is; others a copy, a layer at a time, in steps that no graph can hold.
+    copies = kv_dtype != "auto" and not (cuda and dtype in (torch.float16, torch.bfloat16))
     bare = Memory(
         weights_bytes=weights_bytes(config, dtype, quantization, tp),
         activation_bytes=activations,
         logits_bytes=logits,
         workspace_bytes=THREADS * CUBLAS_BYTES[hopper] if cuda else 0,
-        graph_bytes=graph_bytes(config, dtype, max_batch, max_model_len, hopper, tp) if cuda and graphs else 0,
+        graph_bytes=graph_bytes(config, dtype, max_batch, max_model_len, hopper, tp, quantization)
+        if cuda and graphs and not copies
+        else 0,
         context_bytes=CONTEXT_BYTES if cuda else 0,
         slack_bytes=SLACK_BYTES + int(SLACK_FRACTION * max(activations, logits)) if cuda else 0,
     )
     if device_bytes is None:
         return bare
     budget = int(budget_fraction * (gpu_memory_fraction or 1.0) * device_bytes)
+    if copies:  # a step may read all of the pool
+        page_bytes += PAGE_TOKENS * read_bytes_token(kv_shapes(config, tp), dtype, QUANTISED[kv_dtype])
     pages = min(max(0, budget - bare.fixed_bytes) // page_bytes, most_pages(max_batch, max_model_len))
-    return replace(bare, pool_bytes=pages * page_bytes)
+    return replace(bare, pool_bytes=pages * kv_token_bytes(config, dtype, kv_dtype, tp) * PAGE_TOKENS)
 
 
 def most_pages(max_batch: int, max_model_len: int, page_tokens: int = PAGE_TOKENS) -> int:
@@ -308,19 +333,20 @@ def _rank_key(key: str, tp: int) -> str:
 def _weights(key: str) -> tuple[_Weight, ...]:
     model = _meta_model(key)
     plan: dict[str, str] = model.tp_plan
-    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    head = model.get_output_embeddings().weight
+    linear = {f"{name}.weight" for name, _ in linear_layers(model)}
 
     def weight(name: str, parameter: Tensor) -> _Weight:
         place = re.sub(r"\.\d+\.", ".*.", name)
         module, _, kind = place.rpartition(".")
         style = plan.get(place) or plan.get(module) or ""
         whole_bias = kind == "bias" and style.startswith("rowwise")  # added once, after the ranks' sum
+        sharded = bool(_SHARDED.fullmatch(style)) and not whole_bias
         return _Weight(
             numel=parameter.numel(),
             rows=parameter.shape[0],
-            sharded=bool(_SHARDED.fullmatch(style)) and not whole_bias,
-            linear=name in linear and parameter is not head,
+            sharded=sharded,
+            by_rows=sharded and style.startswith("colwise"),
+            linear=name in linear,
         )
 
     return tuple(weight(name, parameter) for name, parameter in model.named_parameters())

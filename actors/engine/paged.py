@@ -83,6 +83,7 @@ class PagedEngine:
         oom_errors: exceptions that mean out of memory, beside those whose text says so.
         drop_caches: called after each out-of-memory error, say `torch.cuda.empty_cache`.
         squeezed: whether somebody else holds memory that was free at the start.
+        works: whether the device still does, after an error that may mean either.
         patience_s: how long the engine waits for it, since its last good step, before it gives up more than bounds.
         on_close: called at the end of `close`.
         on_dead: called once, in the engine's thread, when the engine has died and its futures have failed.
@@ -107,6 +108,7 @@ class PagedEngine:
         oom_errors: tuple[type[BaseException], ...] = (MemoryError,),
         drop_caches: Callable[[], None] = lambda: None,
         squeezed: Callable[[], bool] = lambda: False,
+        works: Callable[[], bool] = lambda: False,
         patience_s: float = 60.0,
         on_close: Callable[[], None] = lambda: None,
         on_dead: Callable[[BaseException], None] = lambda error: None,
@@ -131,7 +133,7 @@ class PagedEngine:
         self._min_prefill_tokens = min(min_prefill_tokens, max_prefill_tokens)
         self._grow_after = grow_after
         self._oom_errors, self._drop_caches, self._on_dead, self._clock = oom_errors, drop_caches, on_dead, clock
-        self._on_close = on_close
+        self._on_close, self._works = on_close, works
         self._squeezed, self._patience_s, self._waited_s = squeezed, patience_s, 0.0
         self._events: dict[str, int] = dict.fromkeys(_EVENTS.split(), 0)
         self._evictions_before = 0  # in pools that were replaced
@@ -551,7 +553,10 @@ class PagedEngine:
 
     def _is_oom(self, error: BaseException) -> bool:
         text = str(error)
-        return isinstance(error, self._oom_errors) or "out of memory" in text or "ALLOC_FAILED" in text
+        if isinstance(error, self._oom_errors) or "out of memory" in text or "ALLOC_FAILED" in text:
+            return True
+        # On a full device kernels that cuBLAS loads at their first use cannot be launched, which it does not explain.
+        return "CUBLAS_STATUS" in text and self._works()
 
 
 def _event(work: list[Work], oom: bool) -> str:

@@ -9,6 +9,9 @@ from typing import Any, Protocol
 
 from actors.messages import Generation, Numerics, Sampling
 
+NO_PAGE = "no room for KV"
+"""How an engine begins to say that its weights fit, and no page of KV beside them."""
+
 
 class Matcher(Protocol):
     """Decides when a generation ends. Called with each newly delivered run of token ids, in order, exactly
@@ -59,7 +62,8 @@ class EngineSpec:
         numerics: fast, or invariant (same row, same tokens, whatever else runs).
         budget_fraction: share of the device's memory to use.
         gpu_memory_fraction: torch's per-process cap on the device's memory.
-        kv_dtype: auto is the model's dtype.
+        quantization: int8 or None: weights of the decoder's linear layers.
+        kv_dtype: auto is the model's dtype; int8 or fp8.
         speculation: on: tokens are guessed and checked (see `drafts`); off; or auto: on where it was seen to be faster,
             so far on a CPU.
         compile: on: layers are compiled at the start (half precision on one GPU only); off; or auto: on where that was

@@ -26,6 +26,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from actors.engine import loader
+from actors.engine.int8 import weights_dtype
 from actors.engine.protocol import Capacity, EngineSpec, Request
 from actors.engine.sampling import choose, wrap_seed
 from actors.errors import Cancelled, ContextOverflow, EngineDead, EngineError, InputError, OutOfMemory
@@ -51,7 +52,10 @@ def build(spec: EngineSpec) -> ReferenceEngine:
         )
     if spec.kv_dtype not in ("auto", spec.dtype):
         raise InputError(
-            "the reference engine keeps KV in the model's dtype", field="memory.kv_dtype", got=spec.kv_dtype
+            "the reference engine keeps KV in the model's dtype",
+            field="memory.kv_dtype",
+            got=spec.kv_dtype,
+            wants="auto, or engine: paged",
         )
     found = loader.resolve(spec.model, spec.revision)
     return from_folder(
@@ -494,7 +498,7 @@ def _numerics(model: PreTrainedModel, revision: str, numerics: str) -> Numerics:
     dtype = str(model.dtype).removeprefix("torch.")
     kernel = str(getattr(model.config, "_attn_implementation", None) or "eager")
     reproducible = numerics == "invariant" and model.dtype == torch.float32
-    return Numerics("reference", kernel, dtype, dtype, dtype, 1, revision, reproducible)
+    return Numerics("reference", kernel, dtype, dtype, weights_dtype(model), 1, revision, reproducible)
 
 
 def _is_oom(error: Exception) -> bool:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.engine.attention import NAME, Kernel, Plan, Row, Units, attending, check_kernel
+from actors.engine.attention import NAME, Kernel, Plan, Row, Units, attending, check_kernel, queries_a_tile
 from actors.engine.kv import SCRATCH_PAGE, KVCache, indices, kv_shapes
 from actors.engine.protocol import RowStep
 from actors.engine.sampling import choose, wrap_seed
@@ -185,7 +185,9 @@ class Runner:
         self._device = kv.device
         self._max_pages = -(-max_model_len // kv.page_tokens)
         self.asynchronous = kv.device.type == "cuda" and not invariant
-        self._use_graphs = graphs and kernel != "reference" and kv.device.type == "cuda"
+        # What a step copies of quantised KV has another shape each time; Triton's kernels need no copy.
+        fixed = kernel == "triton" or (kernel != "reference" and not kv.quantised)
+        self._use_graphs = graphs and fixed and kv.device.type == "cuda"
         self._graphs: dict[int, _Graph] = {}
         self._graph_logits_BV: Tensor | None = None
         self._graph_ids_B: Tensor | None = None
@@ -405,12 +407,22 @@ class Runner:
         flat = torch.empty(_Packed.size(*sizes), dtype=torch.int32, pin_memory=self._device.type == "cuda")
         host = _Packed.over(flat.numpy(), *sizes)
         _fill(host, spans, self.kv.page_tokens, queries)
+        pages_N = None
+        copied = self.kv.quantised and self.kernel != "triton"
+        if copied:
+            pages, place = np.unique(host.table_RP, return_inverse=True)
+            host.table_RP[:] = place.reshape(host.table_RP.shape)
+            pages_N = indices(pages.tolist(), self._device)
         packed = _Packed.over(flat.to(self._device, non_blocking=True), *sizes)
         if moved is not None:
             packed.ids_T[moved[0]] = moved[1]
         at = cast(list[int], host.cu_q_R1.tolist())
         plan = self._plan(packed, max(len(span.token_ids) for span in spans), int(host.lens_R.max()), decode, queries)
-        plan.rows = [Row(at[r], span.start, len(span.token_ids), span.pages) for r, span in enumerate(real)]
+        plan.pages_N = pages_N
+        plan.rows = [
+            Row(at[r], span.start, len(span.token_ids), host.table_RP[r].tolist() if copied else span.pages)
+            for r, span in enumerate(real)
+        ]
         last = [t for r, span in enumerate(real) for t in range(at[r + 1] - span.draws, at[r + 1])]
         last_B = indices(last, self._device)
         with attending(plan):
@@ -434,12 +446,10 @@ class Runner:
             return 0, 0
         if decode:
             return 0, _chunks(len(spans))
-        from actors.engine.kernels.prefill import queries_a_tile  # torch does not bring Triton everywhere
-
         lengths = [len(span.token_ids) for span in spans]
-        kv_heads = self.kv.shapes[0][0]
+        kv_heads, dim = self.kv.shapes[0]
         heads = self._model.config.num_attention_heads * kv_heads // self._kv_heads
-        queries = queries_a_tile(heads, kv_heads, sum(lengths), len(lengths))
+        queries = queries_a_tile(heads, kv_heads, dim, sum(lengths), len(lengths))
         return queries, sum(-(-length // queries) for length in lengths)
 
     def _plan(self, packed: _Packed, max_q: int, max_k: int, decode: bool, queries: int) -> Plan:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, chain, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from actors.engine.attention import KERNELS, Kernel, Plan, Row, Units, check_kernel
+from actors.engine.attention import Kernel, Plan, Row, Units, attend, check_kernel, queries_a_tile
 from actors.engine.kv import KVCache
 from actors.engine.support import window_of
 from actors.errors import UnsupportedModel
@@ -23,7 +24,6 @@ from actors.errors import UnsupportedModel
 MAX_ERROR = 0.03
 """‖out − reference‖ / ‖reference‖; bf16 and fp16 stay below 0.01."""
 LENGTHS = (300, 20, 1)
-_QUERIES = 4
 
 log = logging.getLogger(__name__)
 
@@ -83,14 +83,17 @@ def _error(
     decode: bool,
 ) -> float:
     pages_row = -(-max(LENGTHS) // like.page_tokens)
-    kv = KVCache([(heads, head_dim)], 1 + pages_row * len(LENGTHS), like.page_tokens, like.dtype, like.device)
+    pages = 1 + pages_row * len(LENGTHS)
+    kv_dtype = like.kv_dtype if like.quantised else "auto"
+    kv = KVCache([(heads, head_dim)], pages, like.page_tokens, like.dtype, like.device, kv_dtype)
     noise = torch.Generator(like.device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=noise, device=like.device, dtype=torch.float32).to(like.dtype)
 
-    kv.k[0].copy_(draw(*kv.k[0].shape))
-    kv.v[0].copy_(draw(*kv.v[0].shape))
+    slots = torch.arange(pages * like.page_tokens, device=like.device)
+    k_TKD, v_TKD = (draw(len(slots), heads, head_dim) for _ in range(2))
+    kv.write(0, slots, k_TKD, v_TKD)
     new = (1,) * len(LENGTHS) if decode else LENGTHS
     tables = [[1 + row * pages_row + page for page in range(pages_row)] for row in range(len(LENGTHS))]
 
@@ -101,12 +104,15 @@ def _error(
         return ints([0, *accumulate(values)])
 
     rows = [Row(sum(new[:at]), length - new[at], new[at], tables[at]) for at, length in enumerate(LENGTHS)]
-    parts = [1] * len(LENGTHS) if decode else [-(-tokens // _QUERIES) for tokens in new]
+    queries = queries_a_tile(q_heads, heads, head_dim, max(LENGTHS), 1) if kernel == "triton" else 1
+    parts = [1] * len(LENGTHS) if decode else [-(-tokens // queries) for tokens in new]
+    at = [row.pages[0] * like.page_tokens + row.start + token for row in rows for token in range(row.tokens)]
+    slots_T = torch.tensor(at, device=like.device)
     row_I = ints([*chain.from_iterable(repeat(row, count) for row, count in enumerate(parts))])
     plan = Plan(
         kv=kv,
         kernel=kernel,
-        slots_T=torch.zeros(0, dtype=torch.int64, device=like.device),
+        slots_T=slots_T,
         cu_q_R1=sums(new),
         cu_k_R1=sums(LENGTHS),
         lens_R=ints(LENGTHS),
@@ -115,11 +121,14 @@ def _error(
         max_k=max(LENGTHS),
         decode=decode,
         rows=rows,
-        units=Units(row_I, sums(parts), _QUERIES, ints([pages_row])),
+        units=Units(row_I, sums(parts), queries, ints([pages_row])),
+        pages_N=torch.arange(pages, device=like.device),
     )
     q_THD = draw(sum(new), q_heads, head_dim) * 16  # scores large enough that a soft cap shows
     scale = (scalar or head_dim) ** -0.5
+    new_TKD = k_TKD[slots_T], v_TKD[slots_T]
     got, wanted = (
-        KERNELS[one](plan, q_THD, kv.k[0], kv.v[0], scale, window, softcap).float() for one in (kernel, "reference")
+        attend(replace(plan, kernel=one), q_THD, *new_TKD, 0, scale, window, softcap).float()
+        for one in (kernel, "reference")
     )
     return float((got - wanted).norm() / wanted.norm())

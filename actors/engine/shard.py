@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.engine.gang import Gang
+from actors.engine.int8 import Int8Linear
 from actors.engine.protocol import RowStep
 from actors.engine.runner import Runner
 from actors.errors import UnsupportedModel
@@ -33,15 +34,23 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def split(model: Any, rank: int, size: int, device: torch.device) -> None:
+def split(model: Any, rank: int, size: int, device: torch.device, quantization: str | None = None) -> None:
     """Cut the model's weights down to one rank's part, and move all of it to `device`.
 
     Weights may lie on the host, mapped from files: only the parts are copied.
 
+    Args:
+        quantization: int8 quantises each linear layer whole, on the device, before it is cut: the ranks' parts are then
+            those of the model on one GPU.
+
     Raises:
         UnsupportedModel: the model has no plan, or one with a kind of cut that is not done.
     """
+    body = model.base_model
     for name, module, style in list(_planned(model)):
+        if quantization == "int8" and isinstance(module, nn.Linear):  # plans name all of them
+            module = Int8Linear(module, device)
+            body.set_submodule(name, module)
         if style in _WHOLE:
             continue
         if style not in _CUT:
@@ -56,9 +65,11 @@ def split(model: Any, rank: int, size: int, device: torch.device) -> None:
 
         if isinstance(module, nn.Parameter):
             owner, _, attribute = name.rpartition(".")
-            setattr(model.base_model.get_submodule(owner), attribute, part(module, _CUT[style]))
+            setattr(body.get_submodule(owner), attribute, part(module, _CUT[style]))
             continue
         module.weight = part(module.weight, _CUT[style])
+        if isinstance(module, Int8Linear) and style == "colwise":
+            module.scale = part(module.scale, 0)
         if module.bias is not None and style == "colwise":
             module.bias = part(module.bias, 0)
         elif module.bias is not None and rank:

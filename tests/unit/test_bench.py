@@ -90,7 +90,12 @@ def test_checks(tmp_path):
         "--trajectories 2 --reuse-tokens 4 --reuse-page-tokens 64 --factors 0.5,1.5 "
         f"--out {tmp_path}/checks.json".split()
     )
-    assert document["summary"] == {"a": "ok", "b": "skipped", "c": "ok", "d": "skipped", "e": "ok"}
+    assert document["summary"] == {"a": "ok", "b": "skipped", "c": "ok", "d": "skipped", "e": "ok", "f": "ok"}
+    bits = {result["name"]: result for result in document["results"] if result["check"] == "f"}
+    assert {(one["kv_dtype"], one["weights_dtype"]) for one in bits.values()} == {
+        ("int8", "float32"), ("fp8", "float32"), ("float32", "int8"), ("int8", "int8"),
+    }  # fmt: skip
+    assert bits["kv int8"]["error_mean"] < bits["kv fp8"]["error_mean"]
     preempted = [result for result in document["results"] if result["name"].endswith("preempted")]
     assert all(result["preemptions"] for result in preempted)
 

@@ -197,6 +197,45 @@ def test_invariant_numbers_are_bit_equal(name):
             assert other.logprobs == answer.logprobs
 
 
+@pytest.mark.parametrize(("name", "kv_dtype"), [("llama", "int8"), ("mistral", "fp8"), ("gemma2", "int8")])
+@pytest.mark.parametrize("invariant", [False, True])
+def test_no_bit_of_quantised_kv_depends_on_neighbours(name, kv_dtype, invariant):
+    model, rows = tiny(name), [*GREEDY[1:3], SAMPLED[0]]
+    with paged(model, "reference", invariant=invariant, kv_dtype=kv_dtype) as engine:
+        assert (engine.numerics.kv_dtype, engine.numerics.dtype) == (kv_dtype, "float32")
+        assert engine.numerics.reproducible == invariant
+        single, batch = alone(engine, rows), together(engine, rows)
+    options = {"pages": 1 + pages_of(rows), "max_prefill_tokens": 13, "kv_dtype": kv_dtype}
+    with paged(model, "reference", invariant=invariant, **options) as engine:
+        preempted, events = together(engine, rows), engine.events
+    assert events["preemptions"] > 0
+    for answer, *others in zip(single, batch, preempted, strict=True):
+        for other in others:
+            assert other.token_ids == answer.token_ids
+            assert other.logprobs == answer.logprobs
+    # The first token's log-probability is that of the prompt alone: off by the quantisation, and by little.
+    with paged(model, "reference", invariant=invariant) as engine:
+        full = alone(engine, rows)
+    off = [abs(a.logprobs[0] - b.logprobs[0]) for a, b in zip(single, full, strict=True)]
+    assert 0 < max(off) < 0.5
+
+
+@pytest.mark.parametrize(("kv_dtype", "kernel"), [("int8", "sdpa"), ("fp8", "sdpa"), ("int8", "reference")])
+def test_quantised_pages_are_reused_like_others(kv_dtype, kernel):
+    model = tiny("llama")
+    with paged(model, kernel, pages=200, kv_dtype=kv_dtype) as engine:
+        without, found, _ = trajectories(engine, reuse=False)
+        assert found == 0
+    with paged(model, kernel, pages=200, kv_dtype=kv_dtype) as engine:
+        runner_of(engine).asynchronous = True
+        reused, found, known = trajectories(engine, reuse=True)
+    assert found >= 0.95 * known
+    with paged(model, kernel, pages=16, kv_dtype=kv_dtype) as engine:
+        squeezed, _, _ = trajectories(engine, reuse=True)
+        assert engine.events["evictions"] > 0
+    assert reused == squeezed == without
+
+
 def test_the_prompts_are_longer_than_the_window():
     assert CONFIGS["mistral"]().sliding_window == WINDOW < max(len(request.token_ids) for request in GREEDY)
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.ladder import (
+    FOR_A_ROW,
     LOSSY,
     MIN_PREFILL_TOKENS,
     OFFERED,
@@ -26,7 +27,8 @@ ONE_GPU = Hardware(gpus_per_node=1, kv_heads=8)
 EIGHT_GPUS = Hardware(gpus_per_node=8, kv_heads=8)
 START = Standing(max_batch=8, max_prefill_tokens=256, dtype="float32", attempts=1)
 SMALLEST = Standing(attempts=1)
-KV = OFFERED | {"kv_int8"}
+WITHOUT = OFFERED - {"kv_int8", "kv_fp8"}
+KV = WITHOUT | {"kv_int8"}
 
 
 def names(cause, standing, hardware, policy, **options):
@@ -120,9 +122,9 @@ def test_a_list_is_followed_as_it_is_written():
     assert names("decode", START, EIGHT_GPUS, ["shard", "weights_int8", "kv_fp8"], offered=everything)[0] == [
         "shard 2", "shard 4", "shard 8", "weights_int8", "kv_fp8",
     ]  # fmt: skip
-    found, reason = names("decode", START, ONE_GPU, ["weights_int8"])
+    found, reason = names("decode", START, ONE_GPU, ["kv_sparse"])
     assert found == []
-    assert "weights_int8: the engine does not do it" in reason
+    assert "kv_sparse: the engine does not do it" in reason
     rung = next_rung("load", START, ONE_GPU, ["kv_sparse", "weights_int8"], offered=everything)
     assert (rung.name, rung.lossy, rung.standing.weights_dtype) == ("weights_int8", True, "int8")
     for policy in ("memory_frist", ["smaller_bach"]):
@@ -156,7 +158,7 @@ def model(weights, kv, step):
         (12, 8, 6, EIGHT_GPUS, KV, ("shard", 2, "bfloat16", "int8", 8), True),  # several GPUs
         (12, 8, 6, ONE_GPU, KV, ("smaller_batch", 1, "bfloat16", "int8", 4), True),  # one
         (12, 8, 6, Hardware(8, 3), KV, ("smaller_batch", 1, "bfloat16", "int8", 4), True),  # that do not divide
-        (12, 8, 6, EIGHT_GPUS, OFFERED, ("shard", 2, "bfloat16", "auto", 8), True),  # no KV compression yet
+        (12, 8, 6, EIGHT_GPUS, WITHOUT, ("shard", 2, "bfloat16", "auto", 8), True),  # an engine without KV compression
         (24, 8, 6, EIGHT_GPUS, KV, ("shard", 2, "bfloat16", "auto", 8), True),  # the weights fit no single GPU
         (12, 8, 80, EIGHT_GPUS, KV, ("shard", 8, "bfloat16", "int8", 8), True),
         (12, 8, 400, EIGHT_GPUS, KV, ("smaller_batch", 8, "bfloat16", "int8", 2), True),  # all GPUs, then the batch
@@ -184,6 +186,14 @@ def test_memory_first_gives_up_where_nothing_fits():
         "smaller_batch: does not make the weights smaller",
     ):
         assert words in given_up.reason
+
+
+@pytest.mark.parametrize("policy", ["memory_first", ["weights_int8", "kv_fp8", "half_precision"]])
+def test_no_precision_is_changed_for_one_row(policy):
+    found, reason = names("never_fits", START, EIGHT_GPUS, policy, offered=FOR_A_ROW)
+    assert found == (["shard 2", "shard 4", "shard 8"] if policy == "memory_first" else [])
+    for name in LOSSY & set(order(policy)) - {"kv_sparse"}:
+        assert f"{name}: for a whole run only, at its start" in reason
 
 
 def test_a_prediction_of_a_dead_context_is_a_mistake():

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from actors.engine import loader
+from actors.engine.int8 import quantise, weights_dtype
 from actors.errors import InputError, ModelUnavailable, UnsupportedModel
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -217,8 +218,8 @@ def test_no_tokenizer(tiny):
 def test_dtype_and_quantization(tiny, monkeypatch):
     with pytest.raises(InputError, match=r"model\.dtype.*int4"):
         loader.load_model(tiny, "int4")
-    with pytest.raises(InputError, match="not yet"):
-        loader.load_model(tiny, quantization="int8")
+    with pytest.raises(InputError, match=r"model\.quantization.*int4"):
+        loader.load_model(tiny, quantization="int4")
     for capability, dtype in [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         assert loader.resolve_dtype("auto", "cuda:0") == dtype
@@ -248,6 +249,16 @@ def test_adapter_is_merged(tiny, adapter):
     assert base.keys() == merged.keys()
     assert not torch.equal(base[weight], merged[weight])
     assert torch.equal(base["lm_head.weight"], merged["lm_head.weight"])
+
+
+@PEFT_IS_BEHIND
+def test_an_adapter_is_merged_before_weights_are_quantised(tiny, adapter):
+    found = loader.load_model(tiny, adapter=str(adapter), quantization="int8")
+    wanted = loader.load_model(tiny, adapter=str(adapter))
+    quantise(wanted, "cpu")
+    wanted_state = wanted.state_dict()
+    assert all(torch.equal(value, wanted_state[name]) for name, value in found.state_dict().items())
+    assert weights_dtype(found) == "int8"
 
 
 @PEFT_IS_BEHIND
@@ -436,6 +447,7 @@ def test_conversion_replaces_what_a_killed_process_left(tmp_path, fake_gguf, mon
 CONVERT_AND_LOG = """
 import sys, time
 from actors.engine import loader
+from actors.engine.int8 import quantise, weights_dtype
 
 def convert(path, folder):
     with open(sys.argv[2] + "/log", "a") as f:

@@ -124,13 +124,30 @@ def test_int8_is_for_the_layers_alone():
 def test_kv_bytes():
     config = model_config("8b")
     assert memory.kv_token_bytes(config, BF16) == 2 * 36 * 8 * 128 * 2 == 147_456
-    assert memory.kv_token_bytes(config, BF16, "int8") == memory.kv_token_bytes(config, BF16, "fp8") == 147_456 // 2
+    assert memory.kv_token_bytes(config, BF16, "int8") == memory.kv_token_bytes(config, BF16, "fp8")
+    assert memory.kv_token_bytes(config, BF16, "int8") == 2 * 36 * 8 * (128 + 4)
     assert memory.kv_token_bytes(config, torch.float32) == 2 * 147_456
     assert memory.kv_token_bytes(config, BF16, tp=8) == 147_456 // 8
     assert memory.kv_token_bytes(changed(config, num_key_value_heads=1), BF16) == 147_456 // 8
     assert memory.kv_token_bytes(changed(config, num_key_value_heads=32), BF16) == 4 * 147_456
     with pytest.raises(ValueError, match="3 KV heads"):
         memory.kv_token_bytes(smollm2_135m(), BF16, tp=2)
+
+
+@pytest.mark.parametrize(("config", "dtype", "least"), [("8b", BF16, 1.84), ("8b", torch.float32, 3.46)])
+def test_a_pool_in_8_bits_holds_so_many_more_tokens(config, dtype, least):
+    """The copy that a step makes of a layer is counted."""
+    sizes = {"dtype": dtype, "max_prefill_tokens": 8192, "max_batch": 256, "max_model_len": 40_960, "graphs": False}
+    full, small = (
+        memory.predict(model_config(config), **sizes, kv_dtype=kv_dtype, device_bytes=80 << 30)
+        for kv_dtype in ("auto", "int8")
+    )
+    held = [
+        pool.pool_bytes / memory.kv_token_bytes(model_config(config), dtype, kv_dtype)
+        for pool, kv_dtype in ((full, "auto"), (small, "int8"))
+    ]
+    assert full.fixed_bytes == small.fixed_bytes
+    assert held[1] / held[0] == pytest.approx(least, rel=0.02)
 
 
 def test_a_sliding_window_saves_no_page():
@@ -267,7 +284,7 @@ def test_an_engine_keeps_its_report():
 
 def test_the_pool_is_sized_by_the_measurement(monkeypatch):
     """On a GPU: measured step, predicted graphs and slack; here with a device made of numbers."""
-    kv = types.SimpleNamespace(device=torch.device("cuda"), bytes_page=10 * MIB)
+    kv = types.SimpleNamespace(device=torch.device("cuda"), bytes_page=10 * MIB, read_bytes_page=0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60_000 * MIB, 80_000 * MIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 16_000 * MIB)
     predicted = Memory(0, 1, 1, 64 * MIB, 900 * MIB, 0, 100 * MIB)
@@ -275,6 +292,8 @@ def test_the_pool_is_sized_by_the_measurement(monkeypatch):
     # 60,000 free, 8,000 of them beyond the budget; less 936, 900, 100, and 32 for the engine's thread.
     assert assemble._pages(kv, predicted, measured, 0.9, 10_000, 1) == (52_000 - 936 - 900 - 100 - 32) // 10
     assert assemble._pages(kv, predicted, measured, 0.9, 7, 1) == 7
+    kv.read_bytes_page = 2 * MIB
+    assert assemble._pages(kv, predicted, measured, 0.9, 10_000, 1) == (52_000 - 936 - 900 - 100 - 32) // 12
     with pytest.raises(assemble.OutOfMemory, match="no room for KV"):
         assemble._pages(kv, predicted, measured, 0.2, 7, 1)
 

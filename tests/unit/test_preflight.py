@@ -25,7 +25,11 @@ SHARDED = "pools={sharded: {tensor_parallel_size: %d}}"
         (["engine=json:dmups"], "engine: json has no 'dmups'; did you mean `dumps`"),
         (["engine=:x"], "engine: importing '' failed"),
         (["pools={one: {}, two: {}}"], r"pools: .*'one': 1, 'two': 1.*wants another tensor_parallel_size for each"),
-        (["fallback=[smaller_batch, kv_int8]"], "fallback: not done yet .* wants half_precision, shard, smaller_batch"),
+        (["fallback=[smaller_batch, kv_sparse]"], "fallback: not done yet .* wants half_precision, kv_fp8, kv_int8, "),
+        (
+            ["memory.kv_dtype=int8", "engine=reference"],
+            "memory.kv_dtype: the reference engine .* wants auto, or",
+        ),
     ],
 )
 def test_a_pool_that_cannot_run_is_refused(smollm2, sets, words):
@@ -36,6 +40,12 @@ def test_a_pool_that_cannot_run_is_refused(smollm2, sets, words):
 def test_a_size_that_divides_the_kv_heads_is_let_in(smollm2):
     prepared = prepare(load_run(ROOT / "configs" / "quickstart.yaml", [SHARDED % 3]))
     assert prepared.config.pools["sharded"].tensor_parallel_size == 3
+
+
+def test_eight_bits_are_let_in(smollm2):
+    sets = ["memory.kv_dtype=fp8", "model.quantization=int8", "fallback=[kv_int8, weights_int8]"]
+    for engine in ("paged", "reference"):
+        prepare(load_run(ROOT / "configs" / "quickstart.yaml", [*sets[engine == "reference" :], f"engine={engine}"]))
 
 
 def test_two_pools_of_different_size_are_let_in(smollm2):

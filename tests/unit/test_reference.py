@@ -323,9 +323,22 @@ def test_build_from_a_spec(tmp_path):
         assert engine.capacity().max_model_len == 64
         assert engine.stop_token_ids == {2}
         assert len(engine.numerics.model_revision) == 16
+        assert engine.numerics.weights_dtype == "float32"
         assert engine.submit(REQUESTS[0]).result(60).token_ids
     finally:
         engine.close()
-    for changes in ({"max_model_len": 4096}, {"numerics": "exact"}, {"tp": 2}, {"quantization": "int8"}):
+    for changes in (
+        {"max_model_len": 4096},
+        {"numerics": "exact"},
+        {"tp": 2},
+        {"quantization": "int4"},
+        {"kv_dtype": "int8"},
+    ):
         with pytest.raises(InputError):
             reference.build(EngineSpec(str(tmp_path), **{"engine": "reference", "device": "cpu", **changes}))
+    engine = reference.build(EngineSpec(str(tmp_path), engine="reference", device="cpu", quantization="int8"))
+    try:
+        assert (engine.numerics.weights_dtype, engine.numerics.dtype) == ("int8", "float32")
+        assert engine.submit(REQUESTS[0]).result(60).token_ids
+    finally:
+        engine.close()

@@ -44,7 +44,7 @@ def test_the_first_kernel_that_is_right_is_taken(monkeypatch, caplog):
     def noise(plan, q, *args):
         return torch.randn_like(q)
 
-    monkeypatch.setitem(attention.KERNELS, "triton", broken)
+    monkeypatch.setattr(attention, "_triton", broken)
     monkeypatch.setitem(attention.KERNELS, "flash_attn", noise)
     monkeypatch.setitem(attention.KERNELS, "torch_varlen", attention.KERNELS["reference"])
     kv = KVCache(kv_shapes(CONFIGS[0]), 2, 256, torch.bfloat16, "cpu")

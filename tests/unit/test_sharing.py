@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors.engine.protocol import NO_PAGE
 from actors.errors import Incomplete, InputError, OutOfMemory
 from pipeline.config import Pool
 from pipeline.sharing import LINGER_S, PATIENCE_S, Need, Turns, share, sized
@@ -143,6 +144,8 @@ def test_why_no_replica_started():
     oom = failure(said + "actors.errors.OutOfMemory: the weights of M take 65.00 GiB\n")
     assert isinstance(oom, OutOfMemory)
     assert (str(oom), oom.stage) == ("the weights of M take 65.00 GiB", "load")
+    short = failure(said + f"actors.errors.OutOfMemory: {NO_PAGE}: a page takes 36 MiB, 3 MiB are left\n")
+    assert short.stage == "never_fits"
     refused = failure(said + "actors.errors.UnsupportedModel: sinks\n\n")
     assert isinstance(refused, InputError)
     assert str(refused) == "sinks"

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 from actors.engine import leader
 from actors.engine.assemble import build, over_model
+from actors.engine.int8 import quantise
 from actors.engine.leader import pack, unpack
 from actors.engine.protocol import EngineSpec, Request, RowStep
 from actors.engine.shard import split
@@ -39,7 +40,7 @@ def others(all_seats):
 
 
 @contextmanager
-def gang(others, name, size, deadline_s=60.0, fail=None, changes=None, **options):
+def gang(others, name, size, deadline_s=60.0, fail=None, changes=None, quantization=None, **options):
     """Rank 0's engine; `fail` is {rank: arguments of `ranks.engine`}."""
     seat = {
         "name": name,
@@ -47,6 +48,7 @@ def gang(others, name, size, deadline_s=60.0, fail=None, changes=None, **options
         "port": ranks.free_port(),
         "deadline_s": deadline_s,
         "changes": changes,
+        "quantization": quantization,
         "options": SETTINGS | options,
     }
     fail = fail or {}
@@ -82,6 +84,20 @@ def test_a_gang_gives_the_tokens_of_one_process(others, name, size):
         assert engine.events["preemptions"] > 0
     assert max(answer.usage.batch_max for answer in answers) > 1
     assert tokens(answers) == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_a_gang_in_8_bits_gives_the_tokens_of_one_process(others, name):
+    model = ranks.shape(name)
+    quantise(model, "cpu")
+    engine = over_model(model, **SETTINGS, kv_dtype="int8")
+    expected = alone(engine, GREEDY)
+    engine.close()
+    with gang(others, name, 2, quantization="int8", kv_dtype="int8") as engine:
+        assert (engine.numerics.kv_dtype, engine.numerics.weights_dtype) == ("int8", "int8")
+        got = together(engine, GREEDY)
+        assert engine.capacity().kv_bytes_token == 4 * 2 * 4 * (16 + 4)
+    assert tokens(got) == tokens(expected)
 
 
 @pytest.mark.parametrize(

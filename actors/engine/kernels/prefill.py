@@ -24,8 +24,9 @@ from actors.engine.kernels import STEP
 
 _LOG2_E = 1.4426950408889634
 # Chosen on an H100. Tiles of 128 queries are quicker but where rows have so few that most of a tile is padding.
-_SETTING = {"BLOCK": 64, "num_warps": 4, "num_stages": 3}
+_BLOCK, _WARPS = 64, 4
 _TILE, _SMALL_TILE = 128, 64
+_WIDE = 128  # head dimension above which shared memory holds no large tile and no third stage
 
 
 @triton.jit
@@ -122,11 +123,11 @@ def _kernel(
     tl.store(out + where, y.to(out.dtype.element_ty), mask=mask[:, None])
 
 
-def queries_a_tile(heads: int, kv_heads: int, tokens: int, rows: int) -> int:
+def queries_a_tile(heads: int, kv_heads: int, dim: int, tokens: int, rows: int) -> int:
     """Query tokens of one tile in a step of so many tokens and rows."""
     group = triton.next_power_of_2(heads // kv_heads)
-    fits = tokens >= 4 * rows * (_TILE // group)
-    return max(1, (_TILE if fits else _SMALL_TILE) // group)
+    large = dim <= _WIDE and tokens >= 4 * rows * (_TILE // group)
+    return max(1, (_TILE if large else _SMALL_TILE) // group)
 
 
 def attend(
@@ -167,16 +168,14 @@ def attend(
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     quantized = k_scale_PSK is not None
     group = triton.next_power_of_2(heads // kv_heads)
-    k, v = (
-        TensorDescriptor.from_tensor(cache.view(-1, kv_heads * dim), [_SETTING["BLOCK"], dim])
-        for cache in (k_PSKD, v_PSKD)
-    )
+    k, v = (TensorDescriptor.from_tensor(cache.view(-1, kv_heads * dim), [_BLOCK, dim]) for cache in (k_PSKD, v_PSKD))
     scales = (k_scale_PSK, v_scale_PSK) if quantized else (lens_R, lens_R)
     _kernel[(kv_heads, len(tile_row_I))](
         q_THD, k, v, *scales, out_THD, table_RP, cu_q_R1, lens_R, tile_row_I, first_tile_R1,
         q_THD.stride(0), q_THD.stride(1), table_RP.stride(0),
         scale if softcap is not None else scale * _LOG2_E, softcap or 1.0, window or 0,
         H=heads, K=kv_heads, G=heads // kv_heads, D=dim, S=page_tokens, M=queries * group, GROUP=group,
-        CAPPED=softcap is not None, WINDOWED=window is not None, QUANTIZED=quantized, **_SETTING,
+        CAPPED=softcap is not None, WINDOWED=window is not None, QUANTIZED=quantized,
+        BLOCK=_BLOCK, num_warps=_WARPS, num_stages=3 if dim <= _WIDE else 2,
     )  # fmt: skip
     return out_THD
