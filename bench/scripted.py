@@ -20,7 +20,8 @@ def write_suite(folder: Path, rows: int, tools: str = SEARCH, longer: Mapping[in
     folder.mkdir(exist_ok=True)
 
     def question(n: int) -> str:
-        return f"Question number {n}?" + (longer or {}).get(n, 0) * "?"
+        size = (longer or {}).get(n, 0)
+        return f"Question number {n}?" + ("".join(f" {k}" for k in range(size)))[:size]
 
     lines = (json.dumps({"id": f"q{n}", "question": question(n), "answer": "yes"}) for n in range(rows))
     (folder / "rows.jsonl").write_text("\n".join(lines))
