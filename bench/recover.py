@@ -36,7 +36,7 @@ import pandas as pd
 import psutil
 import torch
 
-from actors.engine.memory import predict
+from actors.engine.memory import kv_token_bytes, predict
 from bench.clusters import Job, wait_for
 from bench.common import SHAPES, default_device, device_info, model_config, print_table, write_json
 from bench.engine_gpu import GRABBER
@@ -232,7 +232,7 @@ def case(timeout_s: float) -> Callable[[Case], Case]:
 
 def roomy_config(bench: Bench, name: str) -> dict[str, Any]:
     """In float32, whose tokens should not depend on what is computed together."""
-    prefill, batch = (65_536, 128) if bench.kit.cuda else (512, 4)
+    prefill, batch = (65_536, 64) if bench.kit.cuda else (512, 4)
     memory = {"max_batch": batch, "max_prefill_tokens": prefill}
     kit = bench.kit
     return bench.config(name, kit.rows, dtype="float32", own=kit.own, memory=memory, pools=ALONE)
@@ -413,8 +413,8 @@ def long_config(bench: Bench, name: str, long: int, pools: dict[str, Any]) -> di
     config = bench.config(name, kit.many, dtype="bfloat16" if kit.cuda else "float32", long=long, pools=pools)
     config["model"]["max_model_len"] = SHAPES[kit.shape]["max_position_embeddings"]
     if kit.cuda:
-        kv_bytes_token = 2 * 28 * 8 * 128 * 2
-        config["memory"]["gpu_memory_fraction"] = bench.cap(torch.bfloat16, 12_000 * kv_bytes_token, config)
+        pool_bytes = 12_000 * kv_token_bytes(model_config(kit.shape), torch.bfloat16)
+        config["memory"]["gpu_memory_fraction"] = bench.cap(torch.bfloat16, pool_bytes, config)
     return config
 
 
