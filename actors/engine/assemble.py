@@ -336,8 +336,9 @@ def _room(
         return int(CPU_POOL_FRACTION / tp * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
     free, total = torch.cuda.mem_get_info(kv.device)
     own = torch.cuda.memory_reserved(kv.device)
-    # Torch's cap is on what this process allocates; the rest of the GPU may be others'.
-    room = min(free - int((1 - budget_fraction) * total), int(budget_fraction * cap * total) - own)
+    room = min(free - int((1 - budget_fraction) * total), int(budget_fraction * total) - own)
+    if cap < 1:  # the rest of the GPU may be others': how much of what is not free is this process's is not told
+        room = min(room, int(budget_fraction * cap * total) - own - predicted.context_bytes)
     room -= max(measured["activation_bytes"], measured["logits_bytes"])
     # The engine's own thread will want a workspace too.
     return room - predicted.graph_bytes - predicted.slack_bytes - predicted.workspace_bytes // THREADS

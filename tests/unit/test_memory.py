@@ -289,10 +289,10 @@ def test_the_pool_is_sized_by_the_measurement(monkeypatch):
 
 def test_under_a_cap_the_rest_of_the_gpu_may_be_held_by_others(monkeypatch):
     kv = gpu_of_numbers(monkeypatch, free=30_000 * MIB, own=2_000 * MIB)
-    nothing = Memory(0, 0, 0, 0, 0, 0, 0)
+    context = Memory(0, 0, 0, 0, 0, 700 * MIB, 0)
     measured = {"activation_bytes": 0, "logits_bytes": 0}
-    assert assemble._room(kv, nothing, measured, 0.9, 0.1, 1) // MIB == 0.9 * 8_000 - 2_000
-    assert assemble._room(kv, nothing, measured, 0.9, 1.0, 1) // MIB == 30_000 - 8_000
+    assert assemble._room(kv, context, measured, 0.9, 0.1, 1) // MIB == 0.9 * 8_000 - 2_000 - 700
+    assert assemble._room(kv, context, measured, 0.9, 1.0, 1) // MIB == 30_000 - 8_000
 
 
 @pytest.mark.parametrize("seconds", [0.0, 2.0, 1e9])
