@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +110,7 @@ class Bench:
         if not folder.exists():  # by a process of its own, which leaves nothing on the GPU
             made = "from bench.replica import write_model; from pathlib import Path; import sys"
             made += "; write_model(Path(sys.argv[1]), *sys.argv[2:])"
-            device = "cuda" if kit.cuda else "cpu"
+            device = "cuda" if kit.cuda else "cpu"  # in float32 on a CPU
             subprocess.run([sys.executable, "-c", made, str(folder), kit.shape, device], check=True)
         self.model = folder
 
@@ -150,7 +150,7 @@ class Bench:
         } | changes
 
     @contextmanager
-    def started(self, config: dict[str, Any], squeeze: dict[str, Any] | None = None, gpus: int = 2):
+    def started(self, config: dict[str, Any], squeeze: dict[str, Any] | None = None, gpus: int = 2) -> Generator[Job]:
         """The run at work; it is ended with the block."""
         path = self.work / f"{Path(config['out']).name}.json"  # JSON is YAML
         path.write_text(json.dumps(config))
@@ -284,35 +284,31 @@ def capped(bench: Bench) -> Found:
 
 
 @contextmanager
-def taker(bench: Bench):
-    """Another process on the GPU: it takes what is free for three seconds, gives it back for one, and again; begins
-    when the returned function is called."""
-    if not bench.kit.cuda:
-        taken = bench.work / "taken"
-
-        def take() -> None:
-            subprocess.Popen(
-                ["sh", "-c", f"touch {taken}; sleep 3; rm {taken}; sleep 1; touch {taken}; sleep 2; rm {taken}"]
-            )
-
-        yield take
-        return
-    argv = [sys.executable, "-c", GRABBER, "3", "1", "wait"]
+def taker(bench: Bench) -> Generator[Callable[[], None]]:
+    """Another process on the GPU: it takes what is free, holds it, gives it back for a moment, and again; begins when
+    the function is called."""
+    cuda, taken = bench.kit.cuda, bench.work / "taken"
+    # On a GPU what a step once had stays the engine's: the first one must find nothing, and agents take seconds to
+    # start.
+    argv = [sys.executable, "-c", GRABBER, "12", "2", "wait"]
+    if not cuda:
+        argv = ["sh", "-c", f"echo ready; read go; while true; do touch {taken}; sleep 3; rm {taken}; sleep 1; done"]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdin is not None
         assert other.stdout is not None
+        stdin = other.stdin
         if other.stdout.readline().strip() != "ready":
             raise RuntimeError("the process that takes the memory did not start")
 
         def go() -> None:
-            assert other.stdin is not None
-            other.stdin.write("go\n")
-            other.stdin.flush()
+            stdin.write("go\n")
+            stdin.flush()
 
         try:
             yield go
         finally:
-            other.stdin.close()
+            other.kill()
+            taken.unlink(missing_ok=True)
 
 
 @case(150)

@@ -352,6 +352,16 @@ def test_a_step_that_never_fits_is_out_of_memory(no_gpu):
     assert caught.value.stage == "load"
 
 
+def test_ranks_come_to_the_same_bounds(no_gpu):
+    """The other rank's prefill takes more than this one's, which its own numbers do not show."""
+    runner = Steps(512 * MIB, prefill=128, batch=64)
+    found = Bounds(runner, types.SimpleNamespace(smallest=lambda mine: min(mine, -300 * MIB)))
+    found.measure(0)
+    assert not found.relax(300 * MIB, 10 * MIB, 1000 * MIB)
+    assert found.relax(299 * MIB, 10 * MIB, 1000 * MIB)
+    assert (runner.max_prefill_tokens, runner.max_batch) == (64, 64)
+
+
 def test_steps_leave_room_for_the_pool(no_gpu):
     """Of 400 MiB for both: a page takes 10, the longest sequence 200."""
     runner = Steps(512 * MIB, prefill=400, batch=40)
