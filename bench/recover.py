@@ -44,6 +44,8 @@ from bench.scripted import finished_rows, write_suite
 
 MIB = 1 << 20
 AGENT = {"max_steps": 3, "max_tokens": {"thought": 48, "action": 24, "answer": 24}}
+# Else a forecast begins at what the limits allow, four times what a row takes, and small pools stand empty.
+PRIOR = "prior: {steps: [4, 4, 4], tokens_per_step: [140, 160, 200]}\n"
 PAIR = {"single": {}, "sharded": {"tensor_parallel_size": 2}}
 ALONE = {"single": {"replicas": 1}}
 FAULTS = (("Rank", signal.SIGKILL), ("ServeReplica", signal.SIGKILL), ("Rank", signal.SIGSTOP))
@@ -138,6 +140,8 @@ class Bench:
         """Of a run; with `own` more characters in each question, and `long` in that of one row in its middle."""
         longer = dict.fromkeys(range(rows), own) | ({rows // 2: long} if long else {})
         suite = write_suite(self.work / f"suite-{rows}-{own}-{long}", rows, longer=longer)
+        with (suite / "suite.yaml").open("a", encoding="utf-8") as file:
+            file.write(PRIOR)
         return {
             "suite": str(suite),
             "out": str(self.work / name),
