@@ -14,7 +14,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -45,6 +45,7 @@ class Report:
         slots: rows that may have their home there.
         refill_s: time to prefill the whole pool; infinite where it is not known.
         residents: what it holds; None unless asked for.
+        events: how often what happened in its engine since its start.
     """
 
     pool: str
@@ -54,6 +55,7 @@ class Report:
     slots: int
     refill_s: float = math.inf
     residents: tuple[Resident, ...] | None = None
+    events: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ class Ledger:
         self.core = Placement(pools, lease_s=lease_s, aging_s=aging_s)
         self.dead_s = dead_s
         self.heard: dict[str, tuple[str, float]] = {}
+        self.told: dict[str, tuple[str, Mapping[str, int]]] = {}  # also of replicas that are gone
         self.homes: dict[str, str] = {}
         self.orders: defaultdict[str, list[str]] = defaultdict(list)
         self.waiting: dict[str, asyncio.Future[None]] = {}
@@ -204,6 +207,7 @@ class Ledger:
         """A replica lives."""
         now_s = time.monotonic()
         self.heard[report.replica] = (report.pool, now_s)
+        self.told[report.replica] = (report.pool, report.events)
         new = self.core.replica_up(
             report.pool, report.replica, report.pages, report.page_tokens, report.slots, report.refill_s
         )
@@ -213,6 +217,13 @@ class Ledger:
                 self.homes.setdefault(one.row_id, report.replica)
         self._place_soon()
         return Orders(new and report.residents is None, tuple(self.orders.pop(report.replica, ())))
+
+    async def events(self) -> dict[str, dict[str, int]]:
+        """By pool how often what happened in its replicas' engines, as far as this ledger was told."""
+        found: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        for pool, events in self.told.values():
+            found[pool].update({name: times for name, times in events.items() if times})
+        return {pool: dict(events) for pool, events in found.items()}
 
     async def state(self) -> dict[str, Any]:
         """What is leased now: leases in all, and pages charged and rows by replica."""
@@ -395,6 +406,7 @@ class Reporter:
             slots=slots(sizes),
             refill_s=pool_tokens * self.prefill_gpu_s / self.prefilled if known else math.inf,
             residents=tuple(self.residents.values()) if all_residents else None,
+            events=dict(getattr(self.engine, "events", {})),
         )
 
     async def _run(self) -> None:

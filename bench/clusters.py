@@ -7,14 +7,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from ray.util import get_node_ip_address
 
+ROOT = Path(__file__).resolve().parents[1]
 RAY = str(Path(sys.executable).parent / "ray")
 
 
@@ -30,6 +32,50 @@ def wait_for(condition: Callable[[], Any], seconds: float = 200) -> Any:
             return found
         time.sleep(0.2)
     raise AssertionError("it did not happen in time")
+
+
+class Job:
+    """One command at work.
+
+    Args:
+        env: all of its environment.
+    """
+
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str]):
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=self.said, stderr=subprocess.STDOUT)
+
+    def output(self) -> str:
+        """What it printed so far."""
+        # Opened anew: the command writes where this file's own position is.
+        return Path(f"/proc/self/fd/{self.said.fileno()}").read_text()
+
+    def end(self, timeout_s: float = 600) -> int:
+        """Its exit code."""
+        return self.process.wait(timeout=timeout_s)
+
+    def children(self, needle: str) -> list[psutil.Process]:
+        """See `children`."""
+        return children(self.process.pid, needle)
+
+    def kill(self) -> None:
+        """kill -9 of it and of all that it started."""
+        with suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self.process.pid)
+            for one in [*root.children(recursive=True), root]:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+        self.process.wait()
+
+
+def children(pid: int, needle: str) -> list[psutil.Process]:
+    """Ray processes below `pid` whose title holds `needle`."""
+    found: list[psutil.Process] = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if needle in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 @dataclass(frozen=True)

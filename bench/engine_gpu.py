@@ -499,14 +499,16 @@ def memory(args: argparse.Namespace, source: Source) -> list[Result]:
 
 # --- d: out of memory
 
-_GRABBER = """
+GRABBER = """
 import sys, threading, torch
-hold_s, pause_s = map(float, sys.argv[1:])
+hold_s, pause_s = map(float, sys.argv[1:3])
 stop = threading.Event()
-threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
 torch.zeros(1, device="cuda")
 grabs = 0
 print("ready", flush=True)
+if "wait" in sys.argv:
+    sys.stdin.readline()
+threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
 while not stop.is_set():
     held, size = [], 1 << 30
     while size >= 1 << 20:
@@ -612,7 +614,7 @@ def grabbed(args: argparse.Namespace, source: Source, dtype: str, longest: int, 
 
     runner.step, runner.launch = from_nothing(runner.step), from_nothing(runner.launch)
     with subprocess.Popen(
-        [sys.executable, "-c", _GRABBER, "2", "1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", GRABBER, "2", "1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdin is not None
         assert other.stdout is not None

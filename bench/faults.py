@@ -32,7 +32,7 @@ import psutil
 import pyarrow.parquet as pq
 from ray.util.state import list_actors, list_nodes
 
-from bench.clusters import RAY, Cluster, free_ports, ray_cluster, wait_for
+from bench.clusters import RAY, ROOT, Cluster, Job, free_ports, ray_cluster, wait_for
 from bench.common import device_info, print_table, write_json
 from bench.s3 import BUCKET, s3_server
 from bench.scripted import finished_rows, lines_in, write_suite
@@ -40,7 +40,6 @@ from bench.scripted import script as script_of
 from bench.tiny import write_tiny_model
 from pipeline.tables import filesystem
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS = 3
 COMPARED = ["row_id", "status", "answer", "score", "num_steps", "trajectory"]
 TIMES = ["queue_s", "prefill_s", "decode_s", "tool_s", "gpu_s"]
@@ -64,28 +63,18 @@ class Outcome:
     problems: list[str] = field(default_factory=list)
 
 
-class Job:
-    """One command at work."""
+class Run(Job):
+    """One command of a bench at work."""
 
     def __init__(self, bench: Bench, argv: list[str], env: dict[str, str]):
+        super().__init__(argv, env)
         self.bench = bench
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self.process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=self.said, stderr=subprocess.STDOUT)
 
     def until_calls(self, count: int) -> None:
         """Wait until the engine was called so often."""
         wait_for(lambda: self.process.poll() is not None or len(self.bench.calls()) >= count, 300)
         if self.process.poll() is not None:
             raise RuntimeError("it ended too soon:\n" + self.output())
-
-    def output(self) -> str:
-        """What it printed so far."""
-        self.said.seek(0)
-        return self.said.read()
-
-    def end(self, timeout_s: float = 600) -> int:
-        """Its exit code."""
-        return self.process.wait(timeout=timeout_s)
 
 
 class Bench:
@@ -118,7 +107,7 @@ class Bench:
         out: str | None = None,
         config: dict[str, Any] | None = None,
         **script: Any,
-    ) -> Job:
+    ) -> Run:
         """`berth run` on the cluster; `config` replaces parts of the run's, `script` is the scripted engine's."""
         settings = {"delay_s": 0.2, "max_batch": 8, "count": str(self.folder / f"calls-{self.name}")} | script
         run = {
@@ -134,7 +123,7 @@ class Bench:
         }
         path = self.folder / f"run-{self.name}.json"  # JSON is YAML
         path.write_text(json.dumps(run | (config or {})))
-        return Job(self, [sys.executable, "-m", "pipeline", "run", str(path), *more], self.cluster.env)
+        return Run(self, [sys.executable, "-m", "pipeline", "run", str(path), *more], self.cluster.env)
 
     def actors(self, needle: str) -> list[Any]:
         """Living actors of the cluster whose class holds `needle`."""

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 SEARCH = "[search: {corpus: corpus.jsonl}]"
 
 
-def write_suite(folder: Path, rows: int, tools: str = SEARCH) -> Path:
+def write_suite(folder: Path, rows: int, tools: str = SEARCH, longer: Mapping[int, int] | None = None) -> Path:
     """A suite of `rows` questions `q0`, `q1`, … with a small corpus; its folder.
 
     Args:
         folder: made where it is absent.
         tools: suite.yaml's `tools`, in YAML.
+        longer: characters that these questions have more than the others.
     """
     folder.mkdir(exist_ok=True)
-    lines = (json.dumps({"id": f"q{n}", "question": f"Question number {n}?", "answer": "yes"}) for n in range(rows))
+
+    def question(n: int) -> str:
+        size = (longer or {}).get(n, 0)
+        return f"Question number {n}?" + ("".join(f" {k}" for k in range(size)))[:size]
+
+    lines = (json.dumps({"id": f"q{n}", "question": question(n), "answer": "yes"}) for n in range(rows))
     (folder / "rows.jsonl").write_text("\n".join(lines))
     corpus = (json.dumps({"title": f"thing {n}", "text": f"Thing {n} is a thing."}) for n in range(3))
     (folder / "corpus.jsonl").write_text("\n".join(corpus))

@@ -204,6 +204,9 @@ def _deployment(config: RunConfig, pool: Sized, threads: int, several: bool) -> 
     return deployment.options(
         name=pool.name,
         max_ongoing_requests=100_000,
+        # By default Serve starts each replica three times, pausing longer and longer, before it says that a model does
+        # not fit.
+        max_constructor_retry_count=max(2, pool.first),
         health_check_period_s=2,
         graceful_shutdown_timeout_s=DRAIN_S if several else 5,
         logging_config={"enable_access_log": False},  # a line a call

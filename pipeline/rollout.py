@@ -617,6 +617,15 @@ def cluster_gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+def engine_events(leases: Any) -> dict[str, dict[str, int]]:
+    """By pool how often what happened in its engines (see `PagedEngine.events`); none where the ledger is gone."""
+    try:
+        return ray.get(leases.events.remote(), timeout=10)
+    except RayError as e:
+        log.warning("the ledger does not tell what happened in the engines: %s", e)
+        return {}
+
+
 def watch(
     journal: Any,
     report: Callable[[Progress], None],

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -67,6 +67,8 @@ MANY_ROWS = 50_000
 """From here on reading the tables back takes more memory than a process costs time to start."""
 WRITTEN = ("journal", "results", "tasks", "attempts", "rejects", "summary.json", "report.html")
 """What a run writes into its folder, after run.json."""
+OOM_EVENTS = ("oom_prefill", "oom_decode")
+RELIEF_EVENTS = ("prefill_halved", "batch_halved", "waits", "graph_drops", "pool_shrinks", "culprits")
 BY_ATTEMPT = [("row_id", "ascending"), ("attempt", "ascending")]
 
 
@@ -317,6 +319,9 @@ def roll_out(prepared: Prepared, learned: Forecaster, info: dict[str, Any], scre
             left = len(prepared.rows.tasks) - len(done)
             work = partial(rollout.rollouts, job, journal, leases, agents, left)
             _roll(work, journal, share, len(done), prepared, screen)
+            info["engine_events"] = rollout.engine_events(leases)
+            for said in shortages(info["engine_events"]):
+                screen.line("memory", said)
             ray.get(journal.settled.remote())
         finally:
             if keeper is not None:
@@ -407,6 +412,16 @@ def _end_with_parent() -> None:
         os._exit(3)
 
     threading.Thread(target=wait, name="parent", daemon=True).start()
+
+
+def shortages(events: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """A line for each pool whose engines ran out of memory and went on: how often, and what they did about it."""
+    lines: list[str] = []
+    for pool, times in events.items():
+        if count := sum(times.get(name, 0) for name in OOM_EVENTS):
+            told = ", ".join(f"{name} {times[name]}" for name in (*OOM_EVENTS, *RELIEF_EVENTS) if times.get(name))
+            lines.append(f"{pool}: {count:,} steps ran out of memory: {told}")
+    return lines
 
 
 def tell_attempts(out: str, page_bytes: int) -> None:

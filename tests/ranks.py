@@ -96,7 +96,9 @@ def seats(count: int, **env: str):
     pairs = [socket.socketpair() for _ in range(count)]
     fds = [theirs.fileno() for _, theirs in pairs]
     command = [sys.executable, "-m", "tests.ranks", *map(str, fds)]
-    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | env, pass_fds=fds) as process:
+    # A process that has asked the driver for its devices cannot be forked; by NVML it can.
+    own = {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    with subprocess.Popen(command, env=os.environ | own | env, pass_fds=fds) as process:
         streams = []
         for ours, theirs in pairs:
             theirs.close()

@@ -20,6 +20,7 @@ import torch
 
 from actors.engine import loader
 from actors.engine.attention import kernels_for
+from actors.engine.bounds import Bounds
 from actors.engine.gang import START_S, Gang
 from actors.engine.int8 import weights_dtype
 from actors.engine.kv import QUANTISED, KVCache, kv_shapes
@@ -43,6 +44,10 @@ DECODE_TOKENS_ROW = {"cuda": 1, "cpu": 4}
 CPU_POOL_FRACTION = 0.25
 OTHERS_BYTES = 256 << 20
 """What another process may take without being waited for."""
+_POLL_S = 0.2
+LEAVING_S = 30.0
+"""How long a process that had this GPU before may take to let go of its memory: Ray gives the GPU on when it is told to
+end, not when it has ended."""
 
 
 class Start:
@@ -97,6 +102,8 @@ def build(spec: EngineSpec) -> PagedEngine:
         room = int(budget * torch.cuda.get_device_properties(device).total_memory)
         dtype = loader.resolve_dtype(spec.dtype, device)
         check_weights(weights_bytes(config, dtype, spec.quantization, spec.tp), room, spec)
+        with start.part("wait"):
+            wait_for_memory(lambda: torch.cuda.mem_get_info(device)[0], room)
     gang = Gang.join(spec.tp, device, spec.rank_deadline_s) if spec.tp > 1 else None
     try:
         with start.part("load"), nullcontext() if gang is None else gang.agreed(START_S):
@@ -123,10 +130,30 @@ def build(spec: EngineSpec) -> PagedEngine:
         speculation=spec.speculation,
         compile=spec.compile,
         kv_dtype=spec.kv_dtype,
-        budget_fraction=spec.budget_fraction * (spec.gpu_memory_fraction or 1.0),
+        budget_fraction=spec.budget_fraction,
+        gpu_memory_fraction=spec.gpu_memory_fraction,
         gang=gang,
         start=start,
     )
+
+
+def wait_for_memory(free: Callable[[], int], room_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+    """Wait until the GPU has the memory that this engine may take, LEAVING_S at most; then it goes on with what there
+    is.
+
+    Args:
+        free: bytes of the GPU that nobody holds now.
+    """
+    until_s = clock() + LEAVING_S
+    while (now := free()) < room_bytes:
+        if clock() > until_s:
+            log.warning(
+                "other processes hold this GPU's memory: %.2f GiB are free, the budget is %.2f GiB",
+                now / 2**30,
+                room_bytes / 2**30,
+            )
+            return
+        time.sleep(_POLL_S)
 
 
 def check_weights(needed_bytes: int, room_bytes: int, spec: EngineSpec) -> None:
@@ -161,6 +188,7 @@ def over_model(
     compile: str = "auto",
     kv_dtype: str = "auto",
     budget_fraction: float = 0.9,
+    gpu_memory_fraction: float | None = None,
     gang: Gang | None = None,
     start: Start | None = None,
 ) -> PagedEngine:
@@ -169,12 +197,14 @@ def over_model(
     Args:
         kernel: attention kernel; None takes the fastest there is for the device and dtype.
         max_model_len: tokens; None takes the model's own bound.
-        max_batch, max_prefill_tokens: None takes MAX_BATCH, MAX_PREFILL_TOKENS by device.
+        max_batch, max_prefill_tokens: None takes MAX_BATCH, MAX_PREFILL_TOKENS by device. Both are halved at the start
+            as often as a step, and beside it a KV pool, want it (see `Bounds`).
         pages: KV pages, the scratch page included; None takes what the budget leaves.
         invariant: same row, same tokens, whatever else runs; float32 only.
         speculation, compile: on, off or auto, see `EngineSpec`.
         kv_dtype: auto is the model's; int8 or fp8.
         budget_fraction: share of the GPU's memory to use.
+        gpu_memory_fraction: torch's cap, as it was set; the budget is a share of that.
         gang: this rank's seat, the model being its part (see `shard.split`). Ranks other than 0 do not return: they
             serve until rank 0's engine is closed, then raise SystemExit.
         start: has the seconds of what was done before.
@@ -204,31 +234,35 @@ def over_model(
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(loader.cache_folder() / "compiled"))
         with start.part("compile"):
             compiled = runner.compile()
-    with start.part("predict"):
-        predicted = predict(
+    bounds = Bounds(runner, gang)
+
+    def predicted() -> Memory:
+        return predict(
             model.config,
             tp=tp,
             dtype=dtype,
             quantization="int8" if weights == "int8" else None,
             kv_dtype=kv_dtype,
-            max_prefill_tokens=prefill,
-            max_batch=batch,
+            max_prefill_tokens=runner.max_prefill_tokens,
+            max_batch=runner.max_batch,
             max_model_len=length,
             graphs=graphs and chosen != "reference",
             cuda=cuda,
             hopper=cuda and torch.cuda.get_device_capability(device) == (9, 0),
             device_bytes=torch.cuda.get_device_properties(device).total_memory if cuda else None,
             budget_fraction=budget_fraction,
+            gpu_memory_fraction=gpu_memory_fraction,
         )
-    measured = {"weights_bytes": sum(p.nbytes for p in model.parameters())}
+
     if cuda and pages is None:
         with start.part("profile"):
-            measured |= _measure(runner, before)
-    with nullcontext() if gang is None else gang.agreed(START_S):
-        most = most_pages(batch, length, page_tokens)
+            bounds.measure(before)
+    with start.part("fit"):
+        # A step may read all of the pool, and other kernels copy what they read of quantised KV.
         page_bytes = kv.bytes_page + (0 if chosen == "triton" else kv.read_bytes_page)
-        count = pages or _pages(kv, page_bytes, predicted, measured, budget_fraction, most, tp)
-    count = count if gang is None else gang.smallest(count)
+        cap = gpu_memory_fraction or 1.0
+        count = pages or _fit(kv, page_bytes, predicted, bounds, budget_fraction, cap, length, gang)
+    measured = {"weights_bytes": sum(p.nbytes for p in model.parameters()), **bounds.measured}
     with start.part("pool"):
         runner.resize(count)
     measured["pool_bytes"] = count * kv.bytes_page
@@ -237,7 +271,7 @@ def over_model(
         runner.capture()
     if cuda:
         measured["graph_bytes"] = device_used_bytes(device) - used
-    memory = MemoryReport(predicted, measured, device_used_bytes(device) if cuda else None)
+    memory = MemoryReport(predicted(), measured, device_used_bytes(device) if cuda else None)
     leader = lead(runner) if isinstance(runner, ShardedRunner) else None
     name = str(dtype).removeprefix("torch.")
     computes = f"{chosen}+compiled" if compiled else chosen
@@ -249,12 +283,13 @@ def over_model(
         num_pages=count,
         page_tokens=page_tokens,
         max_model_len=length,
-        max_batch=batch,
-        max_prefill_tokens=prefill,
-        max_decode_tokens=batch * DECODE_TOKENS_ROW[device.type] if guesses else 0,
+        max_batch=runner.max_batch,
+        max_prefill_tokens=runner.max_prefill_tokens,
+        max_decode_tokens=runner.max_batch * DECODE_TOKENS_ROW[device.type] if guesses else 0,
         numerics=Numerics("paged", computes, name, kv.kv_dtype, weights, tp, revision, reproducible=invariant),
         kv_bytes_token=kv.bytes_token * tp,
         memory=memory,
+        events=bounds.events,
         oom_errors=(torch.OutOfMemoryError, MemoryError),
         drop_caches=leader.drop_caches if leader else torch.cuda.empty_cache if device.type == "cuda" else lambda: None,
         on_close=leader.close if leader else lambda: None,
@@ -283,61 +318,50 @@ def _squeezed(device: torch.device) -> Callable[[], bool]:
     return lambda: others() > before + OTHERS_BYTES
 
 
-def _measure(runner: Runner, before: int) -> dict[str, int]:
-    """The components that profile steps show, before the KV pool and the graphs exist.
-
-    Args:
-        before: bytes that were allocated before the runner's first step.
-
-    Raises:
-        torch.OutOfMemoryError: the largest step does not fit.
-    """
-    device = runner.kv.device
-    runner.profile(1, 1)  # cuBLAS takes its workspace, modules are loaded: neither belongs to a step
-    workspace_bytes = torch.cuda.memory_allocated(device) - before
-    activation_bytes = runner.profile(max_batch=1)
-    logits_bytes = runner.profile(max_prefill_tokens=1)
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.memory_reserved(device)
-    return {
-        "activation_bytes": activation_bytes,
-        "logits_bytes": logits_bytes,
-        "workspace_bytes": workspace_bytes,
-        "context_bytes": total - free - reserved,
-        "slack_bytes": reserved - torch.cuda.memory_allocated(device),
-    }
-
-
-def _pages(
+def _fit(
     kv: KVCache,
     page_bytes: int,
-    predicted: Memory,
-    measured: Mapping[str, int],
+    predicted: Callable[[], Memory],
+    bounds: Bounds,
     budget_fraction: float,
-    most: int,
-    tp: int,
+    cap: float,
+    max_model_len: int,
+    gang: Gang | None,
 ) -> int:
-    """How many pages fit by what was measured; for what comes later (graphs, slack), by what is predicted.
+    """How many pages fit, under bounds that leave room for them; the same on all ranks.
 
     Args:
-        page_bytes: of a page, and of what a step that reads it copies of it: one may read all of the pool.
+        page_bytes: of a page, and of what a step that reads it copies of it.
+
+    Raises:
+        OutOfMemory: no page has room beside the scratch page.
     """
+    tp = 1 if gang is None else gang.size
+    longest = -(-max_model_len // kv.page_tokens) + 1
+    while True:
+        room = _room(kv, predicted(), bounds.measured, budget_fraction, cap, tp)
+        room = room if gang is None else gang.smallest(room)
+        pages = min(most_pages(bounds.max_batch, max_model_len, kv.page_tokens), room // page_bytes)
+        if kv.device.type == "cuda" and bounds.relax(pages * kv.bytes_page, kv.bytes_page, longest * kv.bytes_page):
+            continue
+        if pages < 2:
+            page, left = kv.bytes_page, max(0, room)
+            text = f"{NO_PAGE}: a page takes {page / 2**20:.0f} MiB, {left / 2**20:.0f} MiB are left"
+            raise OutOfMemory(text, "never_fits", 2 * page * tp, left * tp)
+        return pages
+
+
+def _room(
+    kv: KVCache, predicted: Memory, measured: Mapping[str, int], budget_fraction: float, cap: float, tp: int
+) -> int:
+    """Bytes for KV, by what was measured; for what comes later (graphs, slack), by what is predicted."""
     if kv.device.type == "cpu":
-        room = int(CPU_POOL_FRACTION / tp * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
-    else:
-        free, total = torch.cuda.mem_get_info(kv.device)
-        own = torch.cuda.memory_reserved(kv.device)
-        room = min(free - int((1 - budget_fraction) * total), int(budget_fraction * total) - own)
-        room -= max(measured["activation_bytes"], measured["logits_bytes"])
-        # The engine's own thread will want a workspace too.
-        room -= predicted.graph_bytes + predicted.slack_bytes + predicted.workspace_bytes // THREADS
-    pages = min(most, room // page_bytes)
-    if pages < 2:
-        raise OutOfMemory(
-            f"{NO_PAGE}: a page takes {kv.bytes_page / 2**20:.0f} MiB, {max(0, room) / 2**20:.0f} MiB are left",
-            "never_fits",
-            2 * kv.bytes_page * tp,
-            max(0, room) * tp,
-        )
-    return pages
+        return int(CPU_POOL_FRACTION / tp * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+    free, total = torch.cuda.mem_get_info(kv.device)
+    own = torch.cuda.memory_reserved(kv.device)
+    room = min(free - int((1 - budget_fraction) * total), int(budget_fraction * total) - own)
+    if cap < 1:  # the rest of the GPU may be others': how much of what is not free is this process's is not told
+        room = min(room, int(budget_fraction * cap * total) - own - predicted.context_bytes)
+    room -= max(measured["activation_bytes"], measured["logits_bytes"])
+    # The engine's own thread will want a workspace too.
+    return room - predicted.graph_bytes - predicted.slack_bytes - predicted.workspace_bytes // THREADS

@@ -56,6 +56,9 @@ class Gang:
             self._store = self._open_store(host, port, patience)
             self._control: Any = self._gloo("control", host, patience)
             if device.type == "cuda":
+                # NCCL would map the buffers of captured sums into the other ranks, and unmap them some time after the
+                # graph is gone; by then `Runner.drop_graphs` has given their memory back.
+                os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
                 options = dist.ProcessGroupNCCL.Options()
                 options._timeout = timedelta(seconds=deadline_s)
                 self._compute: Any = dist.ProcessGroupNCCL(

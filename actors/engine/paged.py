@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
@@ -78,6 +78,7 @@ class PagedEngine:
         numerics: what stands on every row.
         kv_bytes_token: KV bytes of one token.
         memory: what was predicted and measured at the start; kept as `memory`.
+        events: what happened at the start.
         min_prefill_tokens: `max_prefill_tokens` is not halved below this.
         grow_after: good steps before halved bounds double.
         oom_errors: exceptions that mean out of memory, beside those whose text says so.
@@ -103,6 +104,7 @@ class PagedEngine:
         numerics: Numerics,
         kv_bytes_token: int = 0,
         memory: MemoryReport | None = None,
+        events: Mapping[str, int] | None = None,
         min_prefill_tokens: int = 64,
         grow_after: int = 32,
         oom_errors: tuple[type[BaseException], ...] = (MemoryError,),
@@ -135,7 +137,7 @@ class PagedEngine:
         self._oom_errors, self._drop_caches, self._on_dead, self._clock = oom_errors, drop_caches, on_dead, clock
         self._on_close, self._works = on_close, works
         self._squeezed, self._patience_s, self._waited_s = squeezed, patience_s, 0.0
-        self._events: dict[str, int] = dict.fromkeys(_EVENTS.split(), 0)
+        self._events: dict[str, int] = dict.fromkeys(_EVENTS.split(), 0) | dict(events or {})
         self._evictions_before = 0  # in pools that were replaced
         self._good_steps = 0
         self._failing = False  # the last step failed

@@ -10,9 +10,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from bench.clusters import wait_for
+from bench.clusters import children, wait_for
 from bench.scripted import lines_in, script, write_suite
-from tests.integration.test_run import QUICKSTART, ROOT, children, rows_of
+from tests.integration.test_run import QUICKSTART, ROOT, rows_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 ROWS = 160

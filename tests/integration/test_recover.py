@@ -119,3 +119,16 @@ def test_the_real_engine_over_two_ranks_goes_on_where_one_had_not_the_memory(tmp
     assert (set(there["tp"]), set(there["rung"])) == ({2}, {rung})
     steps = [[[(step["thought"], step["action"]) for step in row] for row in frame["trajectory"]] for frame in frames]
     assert steps[0] == steps[1]
+
+
+def test_memory_that_runs_out_in_steps_and_to_another_process_changes_no_token(tmp_path):
+    """As on GPUs (bench/recover.py), with errors where tests/squeezed.py says so."""
+    argv = [sys.executable, "-m", "bench.recover", "--device", "cpu", "--slower", "4", "--work", str(tmp_path / "work")]
+    for name in ("roomy", "capped", "squeezed", "nowhere"):
+        argv += ["--only", name]
+    done = subprocess.run([*argv, "--out", str(tmp_path / "out.json")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {line["case"]: line for line in json.loads((tmp_path / "out.json").read_text())["results"]}
+    print({name: (line["events"], line["causes"]) for name, line in found.items()})
+    assert found["capped"]["events"]["single"]["prefill_halved"] > 0
+    assert found["squeezed"]["events"]["single"]["waits"] > 0

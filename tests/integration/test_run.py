@@ -14,7 +14,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from bench.clusters import wait_for
+from bench.clusters import children, wait_for
 from bench.scripted import finished_rows, lines_in, write_suite
 
 pytestmark = pytest.mark.timeout(1200)  # a busy machine takes minutes to start Ray
@@ -34,18 +34,6 @@ def run(argv: list[str], script: dict | None = None, **options) -> subprocess.Co
 
 def rows_of(out: Path) -> pd.DataFrame:
     return pd.read_parquet(out / "results")
-
-
-def children(pid: int, needle: str) -> list[psutil.Process]:
-    """Ray processes below `pid` whose title holds `needle`."""
-    found = []
-    for process in psutil.Process(pid).children(recursive=True):
-        try:
-            if needle in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 def test_a_run_completes_and_its_repetition_changes_nothing(tmp_path):

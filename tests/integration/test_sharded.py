@@ -9,10 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from bench.clusters import wait_for
+from bench.clusters import children, wait_for
 from bench.scripted import finished_rows
 from bench.tiny import write_tiny_model
-from tests.integration.test_run import ROOT, children, command, rows_of, run
+from tests.integration.test_run import ROOT, command, rows_of, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 GANG = ["--set", "pools={sharded: {tensor_parallel_size: 2, replicas: 1}}"]

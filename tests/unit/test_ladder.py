@@ -271,3 +271,29 @@ def test_a_climb_ends_even_where_nothing_ever_fits(cause, standing, hardware, po
 
     assert isinstance(first_that_fits(standing, fails, hardware, policy, offered=offered), GiveUp)
     assert len(seen) < 40
+
+
+@pytest.mark.parametrize(
+    ("cause", "standing", "expected"),
+    [
+        # as `deploy` asks: the model fits no replica of the smallest pool
+        ("load", Standing("single", dtype="float32"), ["half_precision", "shard 2"]),
+        ("load", Standing("single"), ["shard 2"]),
+        ("load", Standing("pair", tp=2), []),
+        # as a row asks that its engine gave back: alone, at the smallest bound
+        ("prefill", SMALLEST, ["shard 2"]),
+        ("decode", SMALLEST, ["shard 2"]),
+        ("never_fits", SMALLEST, ["shard 2"]),
+        ("never_fits", replace(SMALLEST, pool="pair", tp=2), []),
+    ],
+)
+def test_memory_first_with_what_the_engine_does_today_in_a_run_of_two_pools(cause, standing, expected):
+    of_the_run = Hardware(gangs=((1, "single"), (2, "pair")))
+    assert names(cause, standing, of_the_run, "memory_first")[0] == expected
+
+
+def test_memory_first_takes_each_compression_where_the_one_before_is_not_done():
+    half = replace(START, dtype="bfloat16")
+    for kind in ("int8", "fp8", "sparse"):
+        rung = next_rung("decode", half, EIGHT_GPUS, "memory_first", offered=OFFERED | {f"kv_{kind}"})
+        assert (rung.name, rung.standing.kv_dtype, rung.lossy) == (f"kv_{kind}", kind, True)

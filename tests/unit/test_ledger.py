@@ -76,6 +76,12 @@ async def test_homes_are_told_to_free_what_has_ended_or_moved():
     assert [(await made.report(Report("single", name, 90, PAGE, 9))).end for name in ("r0", "r1")] == [("a",), ("a",)]
 
 
+async def test_what_happened_in_engines_is_counted_by_pool_also_of_those_that_are_gone():
+    told = [("r0", {"oom_prefill": 1}), ("r0", {"oom_prefill": 2, "waits": 0}), ("r1", {"oom_prefill": 3, "errors": 1})]
+    made = await ledger(*(Report("single", name, 90, PAGE, 9, events=events) for name, events in told))
+    assert await made.events() == {"single": {"oom_prefill": 5, "errors": 1}}
+
+
 async def test_a_replica_says_what_it_holds_and_frees_what_it_is_told_to(monkeypatch):
     made, ended = await ledger(), []
     sizes = Capacity(8192, 8, pages_total=50, page_tokens=PAGE)

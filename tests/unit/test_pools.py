@@ -1,108 +1,98 @@
-"""What a run's start does where the model, or its longest row, does not fit: the whole run on one rung, and said."""
+"""The start of a run's pools: each way from the flow chart of docs/memory.md, without Serve."""
 
-import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
 
-from actors.engine.protocol import NO_PAGE, Capacity
 from actors.errors import Incomplete, OutOfMemory
-from actors.messages import Numerics
-from pipeline.config import load_run
-from tests.unit.test_config import ROOT
+from pipeline.config import RunConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*extra keyword arguments:DeprecationWarning")
-TWO = "pools={single: {num_gpus: 1}, pair: {num_gpus: 1, tensor_parallel_size: 2}}"
-ONE = "pools={single: {num_gpus: 1}}"
-
-
-def started(monkeypatch, sets, weights, kv_tokens, longest=4000):
-    """`deploy` on two made-up GPUs of 100 units: a float32 model takes `weights`, a pool of what is left holds
-    `kv_tokens` where nothing else lies on the GPU.
-
-    Returns:
-        what is served; the specs that were started; what was said.
-    """
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Ray's own
     from pipeline import pools
 
-    tried, said, deleted = [], [], []
+SINGLE_AND_PAIR = {"single": {}, "pair": {"tensor_parallel_size": 2}}
+ANY, HALF = ("float32", "bfloat16"), ("bfloat16",)
 
-    def start(config, sized, spec, app, ledger):
-        tp = sized[0].tp
-        tried.append((tp, spec.dtype, spec.kv_dtype, spec.quantization))
-        dtype = spec.dtype
-        size = 0.5 if dtype == "bfloat16" else 1.0
-        left = 100 - weights * (0.25 if spec.quantization else size) / tp
-        if left <= 0:
-            raise OutOfMemory("the weights do not fit", "load")
-        pages = int(kv_tokens * left / 100 / (0.25 if spec.kv_dtype != "auto" else size) * tp) // 256
-        if pages < 1:
-            raise OutOfMemory(f"{NO_PAGE}: nothing left", "never_fits")
-        kv_dtype = dtype if spec.kv_dtype == "auto" else spec.kv_dtype
-        numerics = Numerics("paged", "sdpa", dtype, kv_dtype, spec.quantization or dtype, tp, "commit", False)
-        found = numerics, Capacity(8192, 8, 10, pages, pages, 0, 256)
-        answer = SimpleNamespace(result=lambda: found)
+
+def deployed(monkeypatch, fits, **changes):
+    """What `deploy` gives and says, and what it tried, where replicas of the ranks in `fits` start in those dtypes."""
+    tried, said = [], []
+    answer = SimpleNamespace(result=lambda: ("numerics", "capacity"))
+
+    def start(config, found, spec, app, ledger):
+        tried.append((found[0].name, spec.dtype))
+        if spec.dtype not in fits.get(found[0].tp, ()):
+            raise OutOfMemory(f"the weights do not fit {found[0].tp} GPUs", "load", 9 << 30, found[0].tp << 30)
         return SimpleNamespace(describe=SimpleNamespace(remote=lambda: answer))
 
     monkeypatch.setattr(pools, "_start", start)
     monkeypatch.setattr(pools.ray, "cluster_resources", lambda: {"GPU": 2})
-    monkeypatch.setattr(pools.serve, "start", lambda **_: None)
-    monkeypatch.setattr(pools.serve, "delete", deleted.append)
-    config = load_run(ROOT / "configs" / "quickstart.yaml", ["model.dtype=float32", *sets])
-    served = pools.deploy(config, "app", "ledger", said.append, lambda: longest)
-    assert len(said) == len(tried) - 1
-    return served, tried, said
-
-
-def test_what_fits_is_left_as_it_is(monkeypatch):
-    served, tried, said = started(monkeypatch, [TWO, "fallback=memory_first"], 50, 10_000)
-    assert (served.rung, tried, said) == ("start", [(1, "float32", "auto", None)], [])
+    monkeypatch.setattr(pools.serve, "start", lambda **options: None)
+    fields = {"suite": "s", "out": "o", "model": {"id": "m", "dtype": "float32"}, "pools": SINGLE_AND_PAIR} | changes
+    config = RunConfig.model_validate(fields)
+    return pools.deploy(config, "app", "ledger", said.append), tried, said
 
 
 @pytest.mark.parametrize(
-    ("fallback", "weights", "kv_tokens", "rung", "numerics"),
+    ("fallback", "fits", "tried", "rung", "names"),
     [
-        # float32 leaves 10 units for 800 tokens; bfloat16 fits.
-        ("memory_first", 90, 8_000, "half_precision", ("single", "bfloat16", "bfloat16", "bfloat16")),
-        # 55 units hold 2,200 tokens in bfloat16, 4,400 in int8.
-        ("memory_first", 90, 2_000, "kv_int8", ("single", "bfloat16", "int8", "bfloat16")),
-        ("[kv_fp8]", 50, 4_000, "kv_fp8", ("single", "float32", "fp8", "float32")),
-        ("[weights_int8, kv_fp8]", 99, 6_000, "weights_int8", ("single", "float32", "float32", "int8")),
-        ("[weights_int8, kv_fp8]", 99, 2_000, "kv_fp8", ("single", "float32", "fp8", "int8")),
-        # No page fits: of weights that fit.
-        ("[kv_int8]", 99, 20_000, "kv_int8", ("single", "float32", "int8", "float32")),
-        # Weights that fit no single GPU in any precision it may have.
-        ("memory_first", 210, 8_000, "shard", ("pair", "bfloat16", "bfloat16", "bfloat16")),
-        # Two GPUs for the rows that need them come first, so that no row changes its precision.
-        ("[shard, kv_int8]", 50, 4_000, "start", ("single", "float32", "float32", "float32")),
-        ("same_precision", 50, 4_000, "start", ("single", "float32", "float32", "float32")),
-        # Nothing helps the longest row: it is left to the row, which fails with the numbers.
-        ("memory_first", 90, 500, "kv_int8", ("single", "bfloat16", "int8", "bfloat16")),
+        ("memory_first", {1: ANY}, [("single", "float32")], "start", ["single", "pair"]),
+        (
+            "memory_first",
+            {1: HALF},
+            [("single", "float32"), ("single", "bfloat16")],
+            "half_precision",
+            ["single", "pair"],
+        ),
+        (
+            "memory_first",
+            {2: HALF},
+            [("single", "float32"), ("single", "bfloat16"), ("pair", "bfloat16")],
+            "shard",
+            ["pair"],
+        ),
+        ("same_precision", {2: ANY}, [("single", "float32"), ("pair", "float32")], "shard", ["pair"]),
+        (
+            ["shard", "half_precision"],
+            {2: HALF},
+            [("single", "float32"), ("pair", "float32"), ("pair", "bfloat16")],
+            "half_precision",
+            ["pair"],
+        ),
     ],
 )
-def test_a_rung_that_changes_the_precision_is_for_the_whole_run(
-    monkeypatch, fallback, weights, kv_tokens, rung, numerics
-):
-    longest = 2800 if kv_tokens == 20_000 else 4000
-    served, tried, said = started(monkeypatch, [TWO, f"fallback={fallback}"], weights, kv_tokens, longest)
-    found = served.numerics
-    assert (served.rung, served.pools[0].name, found.dtype, found.kv_dtype, found.weights_dtype) == (rung, *numerics)
-    if said:
-        assert f"next: {rung}, " in said[-1]
-        assert f"KV {tried[-1][2]}, weights {tried[-1][3] or 'auto'}" in said[-1]
-    if rung == "kv_int8" and kv_tokens == 2_000:
-        assert re.match(r"the longest row may take 4,000 tokens, a replica's KV holds [\d,]+; next: kv_int8", said[-1])
+def test_a_model_that_does_not_fit_climbs_the_fallback(fallback, fits, tried, rung, names, monkeypatch):
+    served, found, said = deployed(monkeypatch, fits, fallback=fallback)
+    assert found == tried
+    assert (served.rung, [pool.name for pool in served.pools]) == (rung, names)
+    assert len(said) == len(tried) - 1
+    assert all(f"next: {name}, " in line for name, line in zip([rung], said[-1:], strict=False))
 
 
-def test_only_what_the_engine_does_is_tried(monkeypatch):
-    served, tried, _ = started(monkeypatch, [ONE, "fallback=[kv_int8]", "engine=tests.scripted:engine"], 50, 4_000)
-    assert (served.rung, len(tried)) == ("start", 1)
-    with pytest.raises(
-        Incomplete, match=r"half_precision: for a whole run.*kv_int8: does not make the weights smaller"
+def test_a_model_that_fits_nowhere_stops_the_run_with_every_reason(monkeypatch):
+    with pytest.raises(Incomplete) as caught:
+        deployed(monkeypatch, {}, fallback="memory_first")
+    for words in (
+        "the model fits no pool: the weights do not fit 2 GPUs",
+        "half_precision: already bfloat16",
+        "kv_int8: does not make the weights smaller",
+        "shard: no pool is sharded over more than 2",
+        "smaller_batch: does not make the weights smaller",
     ):
-        started(monkeypatch, [ONE, "fallback=[half_precision, kv_int8]", "numerics=invariant"], 150, 4_000)
+        assert words in str(caught.value)
 
 
-def test_the_longest_row_is_not_asked_for_where_no_precision_may_change(monkeypatch):
-    served, _, _ = started(monkeypatch, [TWO], 50, 1_000, longest=None)
-    assert served.rung == "start"
+def test_an_invariant_run_never_leaves_its_precision(monkeypatch):
+    served, tried, _ = deployed(monkeypatch, {2: ANY}, fallback="memory_first", numerics="invariant")
+    assert tried == [("single", "float32"), ("pair", "float32")]
+    assert served.rung == "shard"
+
+
+def test_a_replica_that_does_not_start_is_tried_twice_at_least_and_no_more_than_once_each_else():
+    config = RunConfig.model_validate({"suite": "s", "out": "o", "model": {"id": "m"}, "pools": SINGLE_AND_PAIR})
+    for gpus, wanted in ((1, 2), (8, 8)):
+        pool = pools.sized({"single": config.pools["single"]}, gpus)[0]
+        options = pools._deployment(config, pool, 0, several=False)._deployment_config
+        assert options.max_constructor_retry_count == wanted

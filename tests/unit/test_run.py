@@ -15,7 +15,7 @@ from actors.messages import Task
 from pipeline import run as module
 from pipeline.config import RunConfig
 from pipeline.journal import RECORDS
-from pipeline.run import budget, difference, error_types, run_info, write_attempts
+from pipeline.run import budget, difference, error_types, run_info, shortages, write_attempts
 from pipeline.tables import ATTEMPTS, read_table
 from pipeline.tasks import Tasks
 
@@ -257,3 +257,8 @@ def test_another_run_starts_beside_what_is_there(tmp_path, monkeypatch):
         (folder / "run.json").write_text(json.dumps({"identity": {"mine": mine}, "config": {}, "suite": {}}))
     found = module.beside(Fake(config(out=str(tmp_path / "out"))))
     assert found.config.out == str(tmp_path / "out-3")
+
+
+def test_shortages_are_told_by_pool_where_there_were_any():
+    events = {"single": {"waits": 4, "oom_decode": 1, "oom_prefill": 2, "drafted": 9}, "pair": {"preemptions": 3}}
+    assert shortages(events) == ["single: 3 steps ran out of memory: oom_prefill 2, oom_decode 1, waits 4"]

@@ -1,0 +1,123 @@
+"""How large a step may be: as configured, halved as often as the GPU's memory wants.
+
+Measured before the KV pool and the graphs exist. All ranks of a gang come to the same bounds: a step that one rank has
+no memory for fails on all of them, and what is compared is the largest of all.
+
+Knows nothing of budgets.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Literal
+
+import torch
+
+from actors.engine.gang import Gang
+from actors.engine.runner import Runner
+from actors.errors import OutOfMemory
+
+log = logging.getLogger(__name__)
+
+MIN_PREFILL_TOKENS = 64
+Bound = Literal["max_prefill_tokens", "max_batch"]
+_LEAST: dict[Bound, int] = {"max_prefill_tokens": MIN_PREFILL_TOKENS, "max_batch": 1}
+_EVENTS: dict[Bound, tuple[str, str]] = {
+    "max_prefill_tokens": ("oom_prefill", "prefill_halved"),
+    "max_batch": ("oom_decode", "batch_halved"),
+}
+
+
+class Bounds:
+    """`max_prefill_tokens` and `max_batch` of a runner, on CUDA.
+
+    Args:
+        runner: has one page of KV, and no graphs.
+        gang: this rank's seat, where there are several.
+
+    Attributes:
+        measured: bytes by field of `Memory`, of the largest steps under these bounds.
+        events: what happened, by the engine's names for it.
+    """
+
+    def __init__(self, runner: Runner, gang: Gang | None = None):
+        self._runner, self._gang = runner, gang
+        self.measured: dict[str, int] = {}
+        self.events: Counter[str] = Counter()
+
+    @property
+    def max_batch(self) -> int:
+        """Rows of a decode step at most."""
+        return self._runner.max_batch
+
+    def measure(self, before: int) -> None:
+        """Run the largest steps; bounds that do not fit are halved.
+
+        Args:
+            before: bytes that were allocated before the runner's first step.
+
+        Raises:
+            OutOfMemory: not even a step at the smallest bounds fits.
+        """
+        device = self._runner.kv.device
+        self._profile("max_prefill_tokens", 1, 1)  # cuBLAS takes its workspace, modules are loaded: no step's
+        self.measured["workspace_bytes"] = torch.cuda.memory_allocated(device) - before
+        self._measure("max_prefill_tokens")
+        self._measure("max_batch")
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        self.measured["context_bytes"] = total - free - reserved
+        self.measured["slack_bytes"] = reserved - torch.cuda.memory_allocated(device)
+
+    def relax(self, pool_bytes: int, page_bytes: int, longest_bytes: int) -> bool:
+        """Halve the bound whose steps take most, and measure it again; False where that is not wanted, or not possible.
+
+        It is wanted where the KV pool has no room for a page beside the scratch page, or where it neither holds a
+        sequence of full length nor as much as a step takes.
+
+        Args:
+            pool_bytes: that are left for the KV pool; all but the bounds is the same on all ranks.
+        """
+        prefill, batch = (self._largest(name) for name in ("activation_bytes", "logits_bytes"))
+        if pool_bytes >= 2 * page_bytes and pool_bytes >= min(longest_bytes, max(prefill, batch)):
+            return False
+        order: list[Bound] = ["max_prefill_tokens", "max_batch"]
+        for name in order if prefill >= batch else reversed(order):
+            if self._halve(name):
+                self._measure(name)
+                torch.cuda.empty_cache()
+                return True
+        return False
+
+    def _measure(self, name: Bound) -> None:
+        prefill = name == "max_prefill_tokens"
+        field, sizes = ("activation_bytes", (None, 1)) if prefill else ("logits_bytes", (1, None))
+        self.measured[field] = self._profile(name, *sizes)
+
+    def _profile(self, name: Bound, max_prefill_tokens: int | None, max_batch: int | None) -> int:
+        while True:
+            try:
+                return self._runner.profile(max_prefill_tokens, max_batch)
+            except torch.OutOfMemoryError as e:
+                failure = e.with_traceback(None)  # its frames hold the step's tensors
+            torch.cuda.empty_cache()
+            self.events[_EVENTS[name][0]] += 1
+            if not self._halve(name):
+                text = f"a step with {name} {_LEAST[name]} does not fit beside the weights: {failure}"
+                raise OutOfMemory(text, "load")
+
+    def _halve(self, name: Bound) -> bool:
+        now: int = getattr(self._runner, name)
+        half = max(_LEAST[name], now // 2)
+        if half >= now:
+            return False
+        setattr(self._runner, name, half)
+        self.events[_EVENTS[name][1]] += 1
+        log.warning("%s is %d, not %d: memory does not suffice", name, half, now)
+        return True
+
+    def _largest(self, field: str) -> int:
+        mine = self.measured[field]
+        return mine if self._gang is None else -self._gang.smallest(-mine)
