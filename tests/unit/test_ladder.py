@@ -289,11 +289,12 @@ def test_a_climb_ends_even_where_nothing_ever_fits(cause, standing, hardware, po
 )
 def test_memory_first_with_what_the_engine_does_today_in_a_run_of_two_pools(cause, standing, expected):
     of_the_run = Hardware(gangs=((1, "single"), (2, "pair")))
-    assert names(cause, standing, of_the_run, "memory_first")[0] == expected
+    offered = OFFERED if cause == "load" else FOR_A_ROW
+    assert names(cause, standing, of_the_run, "memory_first", offered=offered)[0] == expected
 
 
 def test_memory_first_takes_each_compression_where_the_one_before_is_not_done():
     half = replace(START, dtype="bfloat16")
     for kind in ("int8", "fp8", "sparse"):
-        rung = next_rung("decode", half, EIGHT_GPUS, "memory_first", offered=OFFERED | {f"kv_{kind}"})
+        rung = next_rung("decode", half, EIGHT_GPUS, "memory_first", offered=FOR_A_ROW | {f"kv_{kind}"})
         assert (rung.name, rung.standing.kv_dtype, rung.lossy) == (f"kv_{kind}", kind, True)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from actors.engine.protocol import Capacity
 from actors.errors import Incomplete, OutOfMemory
 from pipeline.config import RunConfig
 
@@ -19,7 +20,8 @@ ANY, HALF = ("float32", "bfloat16"), ("bfloat16",)
 def deployed(monkeypatch, fits, **changes):
     """What `deploy` gives and says, and what it tried, where replicas of the ranks in `fits` start in those dtypes."""
     tried, said = [], []
-    answer = SimpleNamespace(result=lambda: ("numerics", "capacity"))
+    roomy = SimpleNamespace(dtype="float32"), Capacity(8192, 8, 10, 100, 100, 0, 256)
+    answer = SimpleNamespace(result=lambda: roomy)
 
     def start(config, found, spec, app, ledger):
         tried.append((found[0].name, spec.dtype))
