@@ -547,6 +547,8 @@ class Pool:
         total = self.charged[r] + self.cumulants[row]
         if needed(total) > limit:
             return False
+        if not self.residents[r]:
+            return True  # there is nobody whom it could crowd out
         if not (doubt := doubtful(total, int(self.residents[r]) + 1, limit)).any():
             return True
         rows = np.append(np.flatnonzero(self.home == r), row)

@@ -588,6 +588,7 @@ def grabbed(args: argparse.Namespace, source: Source, dtype: str, longest: int, 
     waves = [make_prompts(rows, longest, model.config.vocab_size, seed) for seed in range(20, 23)]
     need = pages_for([longest + args.tokens] * rows, 256)
     options: dict[str, Any] = {"pages": need + 1, "max_batch": rows, "max_model_len": MAX_MODEL_LEN}
+    options["graphs"] = stage == "prefill"  # a replayed step allocates nothing
 
     def play(engine: PagedEngine) -> list[Any]:
         found = []

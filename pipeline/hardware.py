@@ -57,15 +57,16 @@ class Efficiency:
     Attributes:
         prefill: share of the matrix rate; decode: share of the memory rate; step_s: host work of a step. From
             bench/results/react_replay_8b.json, one H100.
-        sharded_prefill, sharded_decode: share that is left of each doubling of the GPUs. From a sketch of the engine on
-            two H100s with NVLink: prefill 30.4 k → 46.2 k tokens/s, decode 18.5 → 14.7 ms a step.
+        sharded_prefill, sharded_decode: share that is left of each doubling of the GPUs. From
+            bench/results/tensor_parallel.json, two H200s with NVLink, layers not compiled, which those of one are:
+            prefill 42.1 k → 49.3 k tokens/s, decode 12.3 → 15.2 ms a step.
     """
 
-    prefill: float = 0.543
-    decode: float = 0.545
-    step_s: float = 0.0047
-    sharded_prefill: float = 0.76
-    sharded_decode: float = 0.63
+    prefill: float = 0.656
+    decode: float = 0.517
+    step_s: float = 0.000098
+    sharded_prefill: float = 0.586
+    sharded_decode: float = 0.404
 
 
 @dataclass(frozen=True, slots=True)

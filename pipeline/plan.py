@@ -38,7 +38,7 @@ RISK = 0.01
 """Trajectories are placed until their peaks exceed the pool with this probability."""
 Z_RISK = 2.326
 Z_P95 = 1.645
-TABLE_COLUMNS = 140
+TABLE_COLUMNS = 150
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +347,9 @@ def make_plan(config: RunConfig, gpus: Sequence[Gpu]) -> Plan:
     model_len = context_tokens(config, model_config)
     expected = forecast(config, suite, tools, tokenizer, model_len)
     if config.memory.kv_dtype != "auto" or config.model.quantization is not None:
-        notes.append("8 bits are unpacked before they are used: that takes time which is not counted here")
+        notes.append(
+            "numbers in 8 bits are unpacked in front of each product: that takes time which is not counted here"
+        )
     if config.fallback != "same_precision":
         notes.append("of the fallback's rungs only smaller_batch and shard are planned")
     return Plan(

@@ -310,6 +310,7 @@ def roll_out(prepared: Prepared, learned: Forecaster, info: dict[str, Any], scre
                 f"{numerics.dtype}{_eight_bit(numerics)}, attention {numerics.kernel}, "
                 f"context {capacity.max_model_len:,} tokens, batch {capacity.max_batch}",
             )
+            same_precision(info, numerics, len(done), config.out)
             info["numerics"] = {name: getattr(numerics, name) for name in numerics.__slots__}
             info["gpus"] = rollout.cluster_gpus()
             info["kv_page_bytes"] = capacity.kv_bytes_token * capacity.page_tokens
@@ -328,6 +329,29 @@ def roll_out(prepared: Prepared, learned: Forecaster, info: dict[str, Any], scre
                 ray.kill(keeper)
             serve.shutdown() if config.ray.address is None else serve.delete(app)
             ray.shutdown()
+
+
+def same_precision(info: Mapping[str, Any], numerics: Numerics, done: int, out: str) -> None:
+    """Rows of two precisions would share one mean.
+
+    Args:
+        info: run.json, with what the rows that are done were computed with.
+        done: their number.
+
+    Raises:
+        RunConflict: this start computes in another precision, say since another rung of the fallback was taken.
+    """
+    before = info.get("numerics") if done else None
+    names = ("dtype", "kv_dtype", "weights_dtype")
+    differ = [name for name in names if before and before.get(name) != getattr(numerics, name)]
+    if before and differ:
+        raise RunConflict(
+            f"{done:,} rows are done in another precision",
+            field=", ".join(differ),
+            got=", ".join(str(getattr(numerics, name)) for name in differ),
+            wants=f"{', '.join(str(before.get(name)) for name in differ)} (model.dtype, memory.kv_dtype, "
+            f"model.quantization), or another folder than {out}",
+        )
 
 
 def _roll(work: Any, journal: Any, share: Callable[[], None], before: int, prepared: Prepared, screen: Screen) -> None:

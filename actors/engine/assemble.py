@@ -221,7 +221,8 @@ def over_model(
     guesses = speculation == "on" or (speculation == "auto" and device.type == "cpu")
     kv = KVCache(kv_shapes(model.config, tp), 2, page_tokens, dtype, device, kv_dtype)
     with start.part("check"):
-        chosen = first_right(kernels, kv, model.config)
+        at = kernels.index(first_right(kernels, kv, model.config))
+        chosen = kernels[at if gang is None else -gang.smallest(-at)]  # the same on all ranks
     kind: Any = Runner if gang is None else partial(ShardedRunner, gang=gang)
     runner: Runner = kind(model, kv, chosen, batch, prefill, length, graphs=graphs, invariant=invariant)
     cuda = device.type == "cuda"

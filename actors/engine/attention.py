@@ -340,6 +340,7 @@ def _triton(
     if units is None:
         raise RuntimeError("a step for the Triton kernels was not cut into units")
     write, prefill, decode = _triton_kernels()
+    q_THD, k_TKD, v_TKD = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_THD, k_TKD, v_TKD))
     cache, scales = (plan.kv.k[layer], plan.kv.v[layer]), (plan.kv.k_scale[layer], plan.kv.v_scale[layer])
     write(k_TKD, v_TKD, *cache, plan.slots_T, *scales)
     rows = (plan.lens_R, plan.table_RP, units.row_I, units.first_R1)

@@ -24,7 +24,8 @@ class Int8Linear(nn.Linear):
     """`whole` with weights in int8 [out, in] and a scale a row [out] in its dtype, on `device`.
 
     The scale is rounded to that dtype before it is used, so that its rounding costs nothing. Every int8 is exact in
-    bf16, fp16 and fp32: a product differs from that with the dequantised weights by the rounding of its result alone.
+    bf16, fp16 and fp32: in bf16 and fp32 a product differs from that with the dequantised weights by the rounding of
+    its result alone. In fp16 such a sum, larger by the scale, could leave the range, so weights are scaled and rounded.
     """
 
     bias: nn.Parameter | None  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -43,7 +44,11 @@ class Int8Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
-        output = linear(input, self.weight.to(input.dtype)) * self.scale
+        weight = self.weight.to(input.dtype)
+        if input.dtype == torch.float16:
+            output = linear(input, weight * self.scale[:, None])
+        else:
+            output = linear(input, weight) * self.scale
         return output if self.bias is None else output + self.bias
 
 

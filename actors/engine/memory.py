@@ -69,7 +69,7 @@ THREADS = 2
 SORT_BYTES = 12
 """A number being sorted: a second key and index."""
 _TRACED_TOKENS = 256
-_SHARDED = re.compile(r"(packed_)?(colwise|rowwise)|embedding_(rowwise|colwise)|colwise_\w+|rowwise_\w+")
+_SHARDED = re.compile(r"(packed_)?(colwise|rowwise)")  # as `shard.split` cuts: embedding and output layer stay whole
 
 
 @dataclass(frozen=True, slots=True)

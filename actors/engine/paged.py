@@ -7,6 +7,7 @@ fails. Knows nothing of tensors, models, text, ReAct or Ray.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -558,7 +559,10 @@ class PagedEngine:
         if isinstance(error, self._oom_errors) or "out of memory" in text or "ALLOC_FAILED" in text:
             return True
         # On a full device kernels that cuBLAS loads at their first use cannot be launched, which it does not explain.
-        return "CUBLAS_STATUS" in text and self._works()
+        return bool(_UNLAUNCHED.search(text)) and self._works()
+
+
+_UNLAUNCHED = re.compile("CUBLAS_STATUS_(NOT_INITIALIZED|EXECUTION_FAILED|INTERNAL_ERROR)")
 
 
 def _event(work: list[Work], oom: bool) -> str:

@@ -144,7 +144,7 @@ class Runner:
         model: a transformers causal language model of a supported family, on the device of `kv`; its attention
             implementation is set to ours.
         kv: pages; page 0 is scratch and must not stand in any row's table.
-        kernel: see `attention.kernel_for`.
+        kernel: see `attention.kernels_for`.
         max_batch: rows of a decode step at most.
         max_prefill_tokens: what `profile` assumes where it is not told; `step` does not enforce it.
         max_model_len: longest sequence in tokens.
@@ -324,7 +324,7 @@ class Runner:
             sizes = {max(size, self._least_tokens) for size in graph_sizes(self.max_batch)}
             for size in sorted(sizes, reverse=True):
                 self._graphs[size] = self._capture(size, pool)
-        except RuntimeError as e:
+        except Exception as e:  # Triton's errors have no common base
             self.drop_graphs()
             self._use_graphs = False
             log.warning("CUDA graphs could not be captured, decode runs without: %s", e)
@@ -662,7 +662,7 @@ def _fill(
 
 def _runs(rows: Sequence[RowStep], page_tokens: int) -> tuple[list[int], list[tuple[int, Sequence[int]]]]:
     """An order of decode rows in which those that begin with the same pages stand together, in front; and of each such
-    group the number of rows and the pages. The page that a row writes is never among them."""
+    group the number of rows and the pages. A row's guesses may share the page that it writes: it is written first."""
     groups: dict[int, list[int]] = {}
     for r, row in enumerate(rows):
         groups.setdefault(row.pages[0] if row.start >= page_tokens else SCRATCH_PAGE, []).append(r)

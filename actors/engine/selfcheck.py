@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from actors.engine.attention import Kernel, Plan, Row, Units, attend, check_kernel, queries_a_tile
-from actors.engine.kv import KVCache
+from actors.engine.kv import KVCache, kv_shapes
 from actors.engine.support import window_of
 from actors.errors import UnsupportedModel
 
@@ -32,9 +32,11 @@ def first_right(kernels: Sequence[Kernel], kv: KVCache, config: Any) -> Kernel:
     """The first of `kernels` that does this model's shapes, and right; each that does not is logged.
 
     Raises:
-        UnsupportedModel: why the last one does not.
+        UnsupportedModel: none does; says why not, each by its name.
     """
-    for kernel in kernels[:-1]:
+    reasons: list[str] = []
+    failure: Exception | None = None
+    for kernel in kernels:
         try:
             check_kernel(kernel, kv, config)
             check_numbers(kernel, kv, config)
@@ -42,10 +44,13 @@ def first_right(kernels: Sequence[Kernel], kv: KVCache, config: Any) -> Kernel:
         except torch.OutOfMemoryError:
             raise
         except Exception as e:  # a compiler that is missing or fails does so in many ways
+            reasons.append(f"{kernel}: {type(e).__name__}: {e}")
             log.warning("the kernel %s is not used: %s: %s", kernel, type(e).__name__, e)
-    check_kernel(kernels[-1], kv, config)
-    check_numbers(kernels[-1], kv, config)
-    return kernels[-1]
+            failure = e
+    raise UnsupportedModel(
+        f"no attention kernel does this model here: {'; '.join(reasons)}",
+        wants="a C compiler for Triton (`apt-get install gcc`), a flash-attn for its shapes, or engine: reference",
+    ) from failure
 
 
 def check_numbers(kernel: Kernel, kv: KVCache, config: Any) -> None:
@@ -58,10 +63,12 @@ def check_numbers(kernel: Kernel, kv: KVCache, config: Any) -> None:
         return
     scale = getattr(config, "query_pre_attn_scalar", None)
     softcap = getattr(config, "attn_logit_softcapping", None)
+    share = config.num_attention_heads // kv_shapes(config)[0][0]
     for heads, head_dim in set(kv.shapes):
         for window in {None, window_of(config)}:
-            for decode in (False, True):
-                error = _error(kernel, kv, config.num_attention_heads, heads, head_dim, window, softcap, scale, decode)
+            # In decode one query a row; in prefill tiles of both sizes.
+            for tokens in (None, 1, 1 << 20) if kernel == "triton" else (None, 1):
+                error = _error(kernel, kv, share * heads, heads, head_dim, window, softcap, scale, tokens)
                 if not error < MAX_ERROR:
                     raise UnsupportedModel(
                         f"{kernel} computes something else than attention for this model's shapes (error {error:.2g})",
@@ -80,8 +87,14 @@ def _error(
     window: int | None,
     softcap: float | None,
     scalar: float | None,
-    decode: bool,
+    tokens: int | None,
 ) -> float:
+    """Relative error of a step.
+
+    Args:
+        tokens: of a prefill step for which its tiles are chosen; None: a decode step.
+    """
+    decode = tokens is None
     pages_row = -(-max(LENGTHS) // like.page_tokens)
     pages = 1 + pages_row * len(LENGTHS)
     kv_dtype = like.kv_dtype if like.quantised else "auto"
@@ -104,8 +117,10 @@ def _error(
         return ints([0, *accumulate(values)])
 
     rows = [Row(sum(new[:at]), length - new[at], new[at], tables[at]) for at, length in enumerate(LENGTHS)]
-    queries = queries_a_tile(q_heads, heads, head_dim, max(LENGTHS), 1) if kernel == "triton" else 1
-    parts = [1] * len(LENGTHS) if decode else [-(-tokens // queries) for tokens in new]
+    queries = queries_a_tile(q_heads, heads, head_dim, tokens or 1, 1) if kernel == "triton" else 1
+    parts = (
+        [-(-length // like.page_tokens) for length in LENGTHS] if decode else [-(-count // queries) for count in new]
+    )
     at = [row.pages[0] * like.page_tokens + row.start + token for row in rows for token in range(row.tokens)]
     slots_T = torch.tensor(at, device=like.device)
     row_I = ints([*chain.from_iterable(repeat(row, count) for row, count in enumerate(parts))])
@@ -121,14 +136,14 @@ def _error(
         max_k=max(LENGTHS),
         decode=decode,
         rows=rows,
-        units=Units(row_I, sums(parts), queries, ints([pages_row])),
+        units=Units(row_I, sums(parts), queries, ints([1])),
         pages_N=torch.arange(pages, device=like.device),
     )
     q_THD = draw(sum(new), q_heads, head_dim) * 16  # scores large enough that a soft cap shows
     scale = (scalar or head_dim) ** -0.5
-    new_TKD = k_TKD[slots_T], v_TKD[slots_T]
+    k_new_TKD, v_new_TKD = (draw(len(slots_T), heads, head_dim) for _ in range(2))  # other ones than stand there
     got, wanted = (
-        attend(replace(plan, kernel=one), q_THD, *new_TKD, 0, scale, window, softcap).float()
+        attend(replace(plan, kernel=one), q_THD, k_new_TKD, v_new_TKD, 0, scale, window, softcap).float()
         for one in (kernel, "reference")
     )
     return float((got - wanted).norm() / wanted.norm())

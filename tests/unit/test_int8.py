@@ -109,3 +109,10 @@ def test_a_model_without_plain_layers_is_refused():
         model.set_submodule(name, nn.Identity() if isinstance(module, nn.Linear) else module)
     with pytest.raises(UnsupportedModel, match=r"model\.quantization"):
         quantise(model, "cpu")
+
+
+def test_sums_stay_within_the_range_of_fp16():
+    whole = torch.nn.Linear(2048, 4, bias=False, dtype=torch.float16)
+    whole.weight.data.fill_(0.1)
+    got = Int8Linear(whole, "cpu")(torch.full((1, 2048), 0.7, dtype=torch.float16))
+    assert got.float().tolist()[0] == pytest.approx([2048 * 0.7 * 0.1] * 4, rel=0.01)

@@ -92,14 +92,16 @@ def test_efficiency_is_what_the_replay_reached():
 
 
 def test_sharding_is_as_fast_as_measured():
-    """Two H100s beside one: prefill 46.2 to 30.4 thousand tokens a second, decode steps of 14.7 to 18.5 ms."""
+    """Two GPUs beside one."""
+    sizes = json.loads((ROOT / "bench" / "results" / "tensor_parallel.json").read_text())["results"]
+    prefill, decode = sizes[1]["prefill_ratio"], sizes[1]["decode_ratio"]
     whole = hardware.Shape(7_000_000_000, 600_000_000, 1, 16_000_000_000, 0, 1.0, 0)
     half = hardware.Shape(7_000_000_000, 600_000_000, 1, 8_000_000_000, 0, 1.0, 0)
     work = hardware.Work(calls=0, prefill=1e6, prefill_context=0, decode=1e4, decode_context=0)
     reached = hardware.Efficiency(step_s=0)
     one, two = (hardware.run_seconds(work, shape, H200, 64, tp, reached) for shape, tp in ((whole, 1), (half, 2)))
-    assert one[0] / two[0] == pytest.approx(46.2 / 30.4, rel=0.01)
-    assert one[1] / two[1] == pytest.approx(18.5 / 14.7, rel=0.01)
+    assert one[0] / two[0] == pytest.approx(prefill, rel=0.01)
+    assert one[1] / two[1] == pytest.approx(decode, rel=0.01)
 
 
 def test_few_rows_read_few_experts():
@@ -139,9 +141,9 @@ def test_the_first_rung_that_fits(folders):
     rung = {shape: {name: option.rung for name, option in options(folders / shape).items()} for shape in ("8b", "70b")}
     assert set(rung["8b"].values()) == {"as it is"}
     assert rung["70b"] == {
-        "A10G 24 GB": "sharded ×8",
-        "L4 24 GB": "sharded ×8",
-        "A100 40 GB": "sharded ×4",
+        "A10G 24 GB": None,  # embedding and output layer, 4 GiB, are whole on each of eight
+        "L4 24 GB": None,
+        "A100 40 GB": "sharded ×8",
         "A100 80 GB": "sharded ×2",
         "H100 80 GB": "sharded ×2",
         "H200 141 GB": "sharded ×2",
@@ -185,11 +187,11 @@ def test_what_the_rates_do_not_cover_has_no_time(folders):
 
 
 def test_the_cheaper_rung_is_named_too(folders):
-    """Four A100 of 40 GB hold the weights of 70 B parameters and little else: eight of them are cheaper."""
+    """Two A100 of 80 GB hold the weights of 70 B parameters and little else: four of them are cheaper."""
     config = load_run(QUICKSTART, [f"model.id={folders / '70b'}", "samples=1000"])
-    a100 = next(gpu for gpu in hardware.GPUS if gpu.name == "A100 40 GB")
+    a100 = next(gpu for gpu in hardware.GPUS if gpu.name == "A100 80 GB")
     first, better = plan.make_plan(config, [a100]).options
-    assert (first.rung, first.cheaper, better.cheaper) == ("sharded ×4", False, True)
+    assert (first.rung, first.cheaper, better.cheaper) == ("sharded ×2", False, True)
     assert better.gpu_hours <= 0.9 * first.gpu_hours
     assert better.at_once > first.at_once
     assert len(plan.make_plan(config, [H200]).options) == 1
@@ -238,9 +240,9 @@ def test_plan_prints_every_gpu(folders, shape):
     assert code == 0
     for gpu in hardware.GPUS:
         line = next(line for line in out.splitlines() if line.startswith(gpu.name))
-        assert "as it is" in line or "sharded ×" in line or "batch " in line
-        assert "$" in line
-        assert "likely" in line
+        assert any(words in line for words in ("as it is", "sharded ×", "batch ", "does not fit"))
+        assert "$" in line or "does not fit" in line
+        assert "likely" in line or "does not fit" in line
         assert "…" not in line
     assert "the folder has no tokenizer" in out
     assert "characters a token" in out

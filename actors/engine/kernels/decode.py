@@ -75,7 +75,7 @@ def _scored(q, k, scale, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=STEP)
-def _own_kernel(
+def _attention_own(
     q, k, v, k_scale, v_scale, part, log_sum, table, lens, chunk_row, first, chunk_pages,
     rows, q_row, q_head, k_slot, width, scale, softcap, window,
     H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
@@ -128,7 +128,7 @@ def _own_kernel(
 
 
 @triton.jit(do_not_specialize=STEP)
-def _run_kernel(
+def _attention_runs(
     q, k, v, k_scale, v_scale, part, log_sum, table, cu_q, cu_k,
     rows, q_row, q_head, k_slot, width, scale, softcap,
     H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
@@ -180,7 +180,7 @@ def _run_kernel(
 
 
 @triton.jit(do_not_specialize=STEP)
-def _merge_kernel(
+def _attention_merge(
     part, log_sum, run_part, run_log_sum, first, cu_q, out, rows,
     H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, RUNS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -286,12 +286,12 @@ def attend(
         if here is not None and beside is not None:
             beside.wait_stream(here)
         with torch.cuda.stream(beside):
-            _run_kernel[(kv_heads, tiles, splits)](
+            _attention_runs[(kv_heads, tiles, splits)](
                 q_BHD, *cache_of, run_part, run_sum, runs.table_NP, runs.cu_q_N1, runs.cu_k_N1,
                 rows, *strides, runs.table_NP.stride(0), scale, softcap or 1.0,
                 **constants, M=tile, GROUP=group, RUNS=count, SPLITS=splits, **_RUN,
             )  # fmt: skip
-    _own_kernel[(min(_OWN_PROGRAMS * multiprocessors, chunks * kv_heads),)](
+    _attention_own[(min(_OWN_PROGRAMS * multiprocessors, chunks * kv_heads),)](
         q_BHD, *cache_of, part_IHD, sum_IH, table_BP, lens_B, chunk_row_I, first_chunk_B1, chunk_pages_1,
         rows, *strides, table_BP.stride(0), scale, softcap or 1.0, window or 0,
         **constants, M=max(16, group), WINDOWED=window is not None, **_OWN,
@@ -300,7 +300,7 @@ def attend(
         here.wait_stream(beside)
     out_BHD = torch.empty(rows, heads, dim, dtype=q_BHD.dtype, device=q_BHD.device)
     at_once = min(8, triton.next_power_of_2(heads))
-    _merge_kernel[(rows, triton.cdiv(heads, at_once))](
+    _attention_merge[(rows, triton.cdiv(heads, at_once))](
         part_IHD, sum_IH, run_part, run_sum, first_chunk_B1, runs.cu_q_N1 if runs else lens_B, out_BHD, rows,
         H=heads, D=dim, HEADS=at_once, RUNS=count, SPLITS=splits, num_warps=2,
     )  # fmt: skip

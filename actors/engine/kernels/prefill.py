@@ -73,7 +73,7 @@ def _block(
 
 
 @triton.jit(do_not_specialize=STEP)
-def _kernel(
+def _attention_prefill(
     q, k, v, k_scale, v_scale, out, table, cu_q, lens, tile_row, first_tile,
     q_token, q_head, width, scale, softcap, window,
     H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
@@ -170,7 +170,7 @@ def attend(
     group = triton.next_power_of_2(heads // kv_heads)
     k, v = (TensorDescriptor.from_tensor(cache.view(-1, kv_heads * dim), [_BLOCK, dim]) for cache in (k_PSKD, v_PSKD))
     scales = (k_scale_PSK, v_scale_PSK) if quantized else (lens_R, lens_R)
-    _kernel[(kv_heads, len(tile_row_I))](
+    _attention_prefill[(kv_heads, len(tile_row_I))](
         q_THD, k, v, *scales, out_THD, table_RP, cu_q_R1, lens_R, tile_row_I, first_tile_R1,
         q_THD.stride(0), q_THD.stride(1), table_RP.stride(0),
         scale if softcap is not None else scale * _LOG2_E, softcap or 1.0, window or 0,

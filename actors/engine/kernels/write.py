@@ -29,7 +29,7 @@ def _store(x, cache, scales, slot, k, d, mask, K: tl.constexpr, D: tl.constexpr,
 
 
 @triton.jit
-def _kernel(
+def _attention_write(
     k_new, v_new, k_cache, v_cache, k_scales, v_scales, slots, k_token, k_head, v_token, v_head,
     K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def write(
     quantized = k_scale_PSK is not None
     most = 0 if not quantized else 127 if k_PSKD.dtype == torch.int8 else 448
     scales = (k_scale_PSK, v_scale_PSK) if quantized else (slots_T, slots_T)
-    _kernel[(tokens,)](
+    _attention_write[(tokens,)](
         k_TKD, v_TKD, k_PSKD, v_PSKD, *scales, slots_T,
         k_TKD.stride(0), k_TKD.stride(1), v_TKD.stride(0), v_TKD.stride(1),
         K=heads, KP=triton.next_power_of_2(heads), D=dim, DP=triton.next_power_of_2(dim), MOST=most, num_warps=4,
