@@ -9,6 +9,7 @@ import itertools
 import torch
 
 from actors.engine.kernels import decode, prefill, write
+from actors.engine.kv import quantise
 
 K, G, D, S, P = 2, 3, 16, 64, 60  # KV heads, query heads each, head dimension, tokens a page, pages
 BOUND = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -31,15 +32,17 @@ def pages_of(dtype, quantized):
     wide = [torch.randn(P, S, K, D).to(dtype) for _ in range(2)]
     if not quantized:
         return wide, (), wide
-    caches = [torch.zeros(P, S, K, D, dtype=torch.int8) for _ in range(2)]
-    scales = [torch.zeros(P, S, K) for _ in range(2)]
-    slots = torch.randperm(P * S)
+    caches, scales = zip(*(quantise(x, torch.int8) for x in wide), strict=True)
+    slots = torch.randperm(P * S)[:40]  # the kernel's own, over what torch made of them
+    expected = [cache.clone() for cache in caches], [scale.clone() for scale in scales]
+    for cache, scale in zip(caches, scales, strict=True):
+        cache.flatten(0, 1)[slots] = 99
+        scale.flatten(0, 1)[slots] = 99.0
     write.write(*(x.flatten(0, 1)[slots] for x in wide), *caches, slots, *scales)
-    told = [cache.float() * scale[..., None] for cache, scale in zip(caches, scales, strict=True)]
-    for exact, kept, scale in zip(wide, told, scales, strict=True):
-        torch.testing.assert_close(scale, exact.float().abs().amax(-1) / 127)
-        assert ((exact.float() - kept).abs() <= scale[..., None] * 0.501).all()
-    return caches, scales, told
+    for got, wanted in zip((*caches, *scales), (*expected[0], *expected[1]), strict=True):
+        # Numbers half-way between two are rounded up here and to the even one by torch.
+        torch.testing.assert_close(got.float(), wanted.float(), atol=1.0 if got.dtype == torch.int8 else 1e-6, rtol=0)
+    return caches, scales, [cache.float() * scale[..., None] for cache, scale in zip(caches, scales, strict=True)]
 
 
 def plain(q_QHD, keys, values, pages, length, window, softcap):
@@ -109,14 +112,12 @@ def main():
     torch.manual_seed(0)
     for window, softcap, shared, quantized, chunk in (
         (None, None, True, False, 1),
-        (None, None, False, False, 2),
-        (50, None, False, False, 1),
-        (None, 5.0, True, False, 2),
-        (None, None, True, True, 1),
+        (50, None, False, False, 2),
+        (None, 5.0, True, True, 2),
     ):
         decodes(torch.float32, window, softcap, shared, quantized, chunk)
     decodes(torch.float16, None, None, True, False, 1)
-    for window, softcap, quantized in ((None, None, False), (40, None, False), (None, 5.0, False), (None, None, True)):
+    for window, softcap, quantized in ((None, None, False), (40, 5.0, True)):
         prefills(torch.float32, window, softcap, quantized)
     prefills(torch.float16, None, None, False)
 

@@ -18,5 +18,5 @@ def test_the_triton_kernels_compute_attention():
         timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("decode") == 6
-    assert done.stdout.count("prefill") == 5
+    assert done.stdout.count("decode") == 4
+    assert done.stdout.count("prefill") == 3

@@ -2,7 +2,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +11,11 @@ import pyarrow as pa
 import pytest
 
 from actors.errors import Incomplete, InputError, RunConflict
-from actors.messages import Task
+from actors.messages import Numerics, Task
 from pipeline import run as module
 from pipeline.config import RunConfig
 from pipeline.journal import RECORDS
-from pipeline.run import budget, difference, error_types, run_info, shortages, write_attempts
+from pipeline.run import budget, difference, error_types, run_info, same_precision, shortages, write_attempts
 from pipeline.tables import ATTEMPTS, read_table
 from pipeline.tasks import Tasks
 
@@ -262,3 +262,15 @@ def test_another_run_starts_beside_what_is_there(tmp_path, monkeypatch):
 def test_shortages_are_told_by_pool_where_there_were_any():
     events = {"single": {"waits": 4, "oom_decode": 1, "oom_prefill": 2, "drafted": 9}, "pair": {"preemptions": 3}}
     assert shortages(events) == ["single: 3 steps ran out of memory: oom_prefill 2, oom_decode 1, waits 4"]
+
+
+def test_a_resumed_run_does_not_mix_precisions():
+    told = Numerics("paged", "triton", "bfloat16", "bfloat16", "bfloat16", 1, "m", False)
+    info, int8 = {"numerics": asdict(told)}, replace(told, kv_dtype="int8")
+    same_precision({}, told, 5, "out")
+    same_precision(info, int8, 0, "out")
+    same_precision(info, replace(told, kernel="flash_attn", tp=2), 5, "out")
+    with pytest.raises(
+        RunConflict, match=r"5 rows are done in another precision.*got 'int8'.*wants bfloat16.*kv_dtype"
+    ):
+        same_precision(info, int8, 5, "out")
