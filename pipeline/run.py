@@ -573,7 +573,7 @@ def opened(folder: str) -> Generator[None]:
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
-    names = ("ray", "torch", "transformers", "tokenizers", "flash-attn", "pyarrow", "pandas")
+    names = ("ray", "torch", "triton", "transformers", "tokenizers", "flash-attn", "pyarrow", "pandas")
     found = {"python": platform.python_version()}
     for name in names:
         try:
