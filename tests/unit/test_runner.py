@@ -320,13 +320,14 @@ def test_layers_that_do_not_compile_run_as_they_are(caplog):
     torch._dynamo.reset()
 
 
-def test_what_was_not_compiled_is_not_said_to_be(monkeypatch):
-    monkeypatch.setattr("torch._dynamo.config.disable", True)
+def test_what_was_not_compiled_is_not_said_to_be(monkeypatch, caplog):
     runner = runner_of(tiny("llama"))
-    assert not runner.compile("eager")
-    monkeypatch.undo()
+    with torch._dynamo.config.patch(disable=True):  # monkeypatch would leave the setting deleted
+        assert not runner.compile("eager")
+    assert "switched off" in caplog.text
     monkeypatch.setattr(torch, "compile", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("not supported")))
     assert not runner.compile("eager")
+    assert "not supported" in caplog.text
     runner.step([row(prompt(1), 0, 50, A_PAGES)])
 
 
