@@ -179,6 +179,20 @@ def _attention_runs(
         tl.store(log_sum + at_part, top + tl.log2(some), mask=mask)
 
 
+@triton.jit
+def _with_part(total, weight, top, part, log_sum, at, d, mask, D: tl.constexpr):
+    """One partial sum more."""
+    more = tl.load(log_sum + at, mask=mask, other=0.0)
+    new_top = tl.maximum(top, more)
+    safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+    shrink = tl.exp2(top - safe)
+    grow = tl.exp2(more - safe)
+    x = tl.load(part + at[:, None] * D + d[None, :], mask=mask[:, None], other=0.0)
+    total = total * shrink[:, None] + x * grow[:, None]
+    weight = weight * shrink + grow
+    return total, weight, new_top
+
+
 @triton.jit(do_not_specialize=STEP)
 def _attention_merge(
     part, log_sum, run_part, run_log_sum, first, cu_q, out, rows,
@@ -196,29 +210,13 @@ def _attention_merge(
     end = tl.load(first + row + 1)
     for chunk in tl.range(own, end):
         at = chunk * H + h
-        more = tl.load(log_sum + at, mask=mask, other=0.0)
-        new_top = tl.maximum(top, more)
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        shrink = tl.exp2(top - safe)
-        grow = tl.exp2(more - safe)
-        x = tl.load(part + at[:, None] * D + d[None, :], mask=mask[:, None], other=0.0)
-        total = total * shrink[:, None] + x * grow[:, None]
-        weight = weight * shrink + grow
-        top = new_top
+        total, weight, top = _with_part(total, weight, top, part, log_sum, at, d, mask, D)
     splits = 0
     if SPLITS > 0:
         splits = tl.where(row < tl.load(cu_q + RUNS), SPLITS, 0)
     for split in tl.range(0, splits):
         at = (split * rows + row) * H + h
-        more = tl.load(run_log_sum + at, mask=mask, other=0.0)
-        new_top = tl.maximum(top, more)
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        shrink = tl.exp2(top - safe)
-        grow = tl.exp2(more - safe)
-        x = tl.load(run_part + at[:, None] * D + d[None, :], mask=mask[:, None], other=0.0)
-        total = total * shrink[:, None] + x * grow[:, None]
-        weight = weight * shrink + grow
-        top = new_top
+        total, weight, top = _with_part(total, weight, top, run_part, run_log_sum, at, d, mask, D)
     y = total / weight[:, None]
     where = row * H + h
     tl.store(out + where[:, None] * D + d[None, :], y.to(out.dtype.element_ty), mask=mask[:, None])
