@@ -61,7 +61,8 @@ def survival(tokens_BH: Floats, quantiles_BK: Floats) -> Floats:
     above_BH = (tokens_BH[:, :, None] >= quantiles_BK[:, None, :]).sum(2)
     last = quantiles_BK.shape[1] - 1
     low_BH = np.minimum(np.maximum(above_BH - 1, 0), last - 1)
-    left_BH, right_BH = np.take_along_axis(quantiles_BK, low_BH, 1), np.take_along_axis(quantiles_BK, low_BH + 1, 1)
+    row_B1 = np.arange(len(low_BH))[:, None]
+    left_BH, right_BH = quantiles_BK[row_B1, low_BH], quantiles_BK[row_B1, low_BH + 1]
     part_BH = np.minimum(np.maximum((tokens_BH - left_BH) / np.maximum(right_BH - left_BH, 1e-9), 0.0), 1.0)
     p_BH = _LEVELS[low_BH]
     cdf_BH = np.where(above_BH == 0, 0.0, p_BH + part_BH * (_LEVELS[low_BH + 1] - p_BH))
@@ -89,27 +90,33 @@ def outlook(
     known_B1 = alive_BH[:, :1]
     # Past all that was forecast it may end at any step.
     alive_BH = np.where(known_B1 > 1e-6, alive_BH / np.maximum(known_B1, 1e-6), 0.5**HORIZONS)
-    return np.stack([np.maximum(np.ceil(size_BH / page_tokens) - shared_pages_B[:, None], 1.0), alive_BH], 1)
+    outlook_B2H = np.empty((len(size_BH), 2, len(HORIZONS)))
+    outlook_B2H[:, 0] = np.maximum(np.ceil(size_BH / page_tokens) - shared_pages_B[:, None], 1.0)
+    outlook_B2H[:, 1] = alive_BH
+    return outlook_B2H
 
 
 def demand(outlook_B2H: Floats) -> Ints:
     """Cumulants of the pages of rows at each horizon, [B, 3, H] in 1/256 pages."""
     pages_BH, alive_BH = outlook_B2H[:, 0], outlook_B2H[:, 1]
     left_BH = 1.0 - alive_BH
-    first = pages_BH * alive_BH
-    second = pages_BH * first * left_BH
-    third = pages_BH * second * (left_BH - alive_BH)
-    return np.rint(np.stack([first, second, third], 1) * _UNIT).astype(np.int64)
+    cumulants_B3H = np.empty((len(pages_BH), 3, pages_BH.shape[1]))
+    first, second, third = (cumulants_B3H[:, i] for i in range(3))
+    np.multiply(pages_BH, alive_BH * _UNIT, first)
+    np.multiply(pages_BH, first * left_BH, second)
+    np.multiply(pages_BH, second * (left_BH - alive_BH), third)
+    return np.rint(cumulants_B3H).astype(np.int64)
 
 
 def needed(cumulants: NDArray[np.int64]) -> Any:
     """Pages that [..., 3, H] summed cumulants exceed with a probability of 1 %."""
-    first, second, third = np.moveaxis(cumulants / _UNIT, -2, 0)
+    pages = cumulants / _UNIT
+    first, second, third = pages[..., 0, :], pages[..., 1, :], pages[..., 2, :]
     deviation = np.sqrt(second)
     # Far ahead few rows are left, each with a small chance to be large: no expansion around a normal holds there.
-    skew = np.maximum(third / np.maximum(deviation, 0.01) ** 3, 1e-3)
-    factor = 2 / skew * (np.maximum(1 + skew / 6 * (SIGMAS - skew / 6), 0) ** 3 - 1)
-    return (first + factor * deviation).max(-1)
+    sixth = np.maximum(third / (np.maximum(second, 1e-4) * np.maximum(deviation, 0.01)), 1e-3) / 6  # of the skewness
+    root = np.maximum(1 + sixth * (SIGMAS - sixth), 0)
+    return (first + (root * root * root - 1) / (3 * sixth) * deviation).max(-1)
 
 
 def _tail(pages: Floats, cumulants: Floats) -> Floats:

@@ -401,25 +401,22 @@ def test_two_thousand_decisions_a_second_over_a_thousand_replicas():
     for i in range(500):
         made.ask(ask(f"w{i}"), 0.0)
         made.place(0.0)
-    rounds_s = []
+    rounds_s = []  # on an idle core: neighbours slow the squares beside a round as much as the round
     for at in range(0, 2_000, 500):
         started_s = time.process_time()
         for i in range(at, at + 500):
             made.end(f"w{i}", 1)
             made.ask(ask(f"w{i + 500}"), 0.0)
             made.place(0.0)
-        rounds_s.append(time.process_time() - started_s)
-    assert 4 * min(rounds_s) < 1.0 * max(1.0, squares_s() / 0.06)
+        rounds_s.append((time.process_time() - started_s) * 0.06 / max(0.06, squares_s()))
+    assert 4 * min(rounds_s) < 1.0
 
 
-def squares_s():
+def squares_s() -> float:
     """Seconds for the squares of a million numbers: 0.06 on an idle core of 2023, 0.11 where neighbours share it."""
-    times = []
-    for _ in range(3):
-        started_s = time.process_time()
-        sum(i * i for i in range(1_000_000))
-        times.append(time.process_time() - started_s)
-    return min(times)
+    started_s = time.process_time()
+    sum(i * i for i in range(1_000_000))
+    return time.process_time() - started_s
 
 
 class Events(RuleBasedStateMachine):
