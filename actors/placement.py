@@ -109,14 +109,14 @@ def demand(outlook_B2H: Floats) -> Ints:
 
 
 def needed(cumulants: NDArray[np.int64]) -> Any:
-    """Pages that [..., 3, H] summed cumulants exceed with a probability of 1 %."""
+    """Pages that [..., 3, H] summed cumulants exceed with a probability of 1 %, [..., H] at each horizon."""
     pages = cumulants / _UNIT
     first, second, third = pages[..., 0, :], pages[..., 1, :], pages[..., 2, :]
     deviation = np.sqrt(second)
     # Far ahead few rows are left, each with a small chance to be large: no expansion around a normal holds there.
     sixth = np.maximum(third / (np.maximum(second, 1e-4) * np.maximum(deviation, 0.01)), 1e-3) / 6  # of the skewness
     root = np.maximum(1 + sixth * (SIGMAS - sixth), 0)
-    return (first + (root * root * root - 1) / (3 * sixth) * deviation).max(-1)
+    return first + (root * root * root - 1) / (3 * sixth) * deviation
 
 
 def _tail(pages: Floats, cumulants: Floats) -> Floats:
@@ -211,7 +211,7 @@ class Pool:
         self.residents = np.zeros(0, np.int64)
         self.is_held = np.zeros(0, np.bool_)
         self.charged = np.zeros((0, 3, len(HORIZONS)), np.int64)
-        self.room = np.zeros(0)  # pages left under the bound; -1 where closed
+        self.left = np.zeros((len(HORIZONS), 0))  # pages left under the bound at each horizon; -inf where closed
         self.refused = np.zeros(0)  # pages of the smallest row that had room and was too much of a risk
         # prompts that rows have in common: (suite, tokens) → index into refs
         self.prefixes: dict[tuple[str, int], int] = {}
@@ -232,6 +232,7 @@ class Pool:
         self.quantiles = np.zeros((0, len(LEVELS)))
         self.outlook = np.zeros((0, 2, len(HORIZONS)))
         self.cumulants = np.zeros((0, 3, len(HORIZONS)), np.int64)
+        self.alone = np.zeros(0)  # pages of one, under the bound
         self.deadline_s, self.asked_s = np.zeros(0), np.zeros(0)
         self.waiting_since_s = np.zeros(0)  # for its tool; inf while it computes
         self.parked = np.zeros(0, np.bool_)
@@ -279,10 +280,10 @@ class Pool:
         r = len(self.replica_ids)
         more = max(8, r)
         self.replica_ids += [None] * more
-        for name in ("pages", "slots", "refill_s", "shared", "residents", "is_held", "charged", "room", "refused"):
+        for name in ("pages", "slots", "refill_s", "shared", "residents", "is_held", "charged", "refused"):
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old, np.zeros((more, *old.shape[1:]), old.dtype)]))
-        self.room[r:] = -1
+        self.left = np.concatenate([self.left, np.full((len(HORIZONS), more), -np.inf)], 1)
         self.refs = np.concatenate([self.refs, np.zeros((len(self.refs), more), np.int64)], 1)
         return r
 
@@ -293,7 +294,7 @@ class Pool:
             return
         rows = np.flatnonzero(self.home == r)
         self.replica_ids[r] = None
-        self.pages[r], self.slots[r], self.room[r] = 0, 0, -1
+        self.pages[r], self.slots[r], self.left[:, r] = 0, 0, -np.inf
         self.held = {row: held for row, held in self.held.items() if held != r}
         self.is_held[r] = False
         self.avoid = [-1 if avoided == r else avoided for avoided in self.avoid]
@@ -302,10 +303,10 @@ class Pool:
             self._enqueue(row)
 
     def _refresh(self, replicas: Any) -> None:
-        """Recompute the room of these replicas (an index or an array of them)."""
-        room = self.pages[replicas] - self.shared[replicas] - needed(self.charged[replicas])
+        """Recompute what is left of these replicas (an index or an array of them)."""
+        left = (self.pages[replicas] - self.shared[replicas]) - needed(self.charged[replicas]).T
         free = (self.residents[replicas] < self.slots[replicas]) & ~self.is_held[replicas]
-        self.room[replicas] = np.where(free, room, -1.0)
+        self.left[:, replicas] = np.where(free, left, -np.inf)
         self.refused[replicas] = np.inf
 
     # --- rows
@@ -317,7 +318,7 @@ class Pool:
             for name in ("home", "prefix", "tokens", "prompt", "growth", "steps", "quantiles", "outlook", "cumulants"):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros((more, *old.shape[1:]), old.dtype)]))
-            for name in ("deadline_s", "asked_s", "waiting_since_s", "parked"):
+            for name in ("alone", "deadline_s", "asked_s", "waiting_since_s", "parked"):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros(more, old.dtype)]))
             self.home[size:] = -1
@@ -374,12 +375,16 @@ class Pool:
         self.outlook[rows] = outlook(
             self.tokens[rows], np.maximum(growth, 1.0), self.quantiles[rows], shared, self.page_tokens
         )
-        self.cumulants[rows] = demand(self.outlook[rows])
+        self._sum_up(rows)
+
+    def _sum_up(self, rows: Ints) -> None:
+        self.cumulants[rows] = cumulants = demand(self.outlook[rows])
+        self.alone[rows] = needed(cumulants).max(1)
 
     def _stand(self, rows: Ints, pages: Floats) -> None:
         """Rows hold so many pages at every horizon."""
         self.outlook[rows, 0], self.outlook[rows, 1] = pages[:, None], 1.0
-        self.cumulants[rows] = demand(self.outlook[rows])
+        self._sum_up(rows)
 
     def advance(self, rows: Ints, tokens: Floats, steps: int = 0) -> None:
         """Rows hold so many tokens now and have made so many more steps."""
@@ -397,8 +402,9 @@ class Pool:
 
     def release(self, rows: Iterable[int]) -> None:
         """Rows are over."""
+        homes: set[int] = set()
         for row in rows:
-            self._uncharge(row)
+            homes.add(self._discharge(row))
             self._dequeue(row)
             row_id = self.row_id[row]
             if row_id is not None:
@@ -407,6 +413,8 @@ class Pool:
             self.deadline_s[row] = self.waiting_since_s[row] = np.inf
             self.parked[row] = False
             self._free.append(row)
+        homes.discard(-1)
+        self._refresh(sorted(homes))
 
     def _charge(self, row: int, r: int) -> None:
         p = self.prefix[row]
@@ -420,18 +428,22 @@ class Pool:
         self._refresh(r)
 
     def _uncharge(self, row: int) -> None:
+        if (r := self._discharge(row)) >= 0:
+            self._refresh(r)
+
+    def _discharge(self, row: int) -> int:
+        """A row leaves its home, whose room is to be computed anew; -1 where there is none, or it is gone."""
         r = int(self.home[row])
         self.home[row] = -1
         if r < 0:
-            return
+            return -1
         p = self.prefix[row]
         self.refs[p, r] -= 1
         if not self.refs[p, r]:
             self.shared[r] -= self.prefix_pages[p]
         self.residents[r] -= 1
         self.charged[r] -= self.cumulants[row]
-        if self.replica_ids[r] is not None:
-            self._refresh(r)
+        return r if self.replica_ids[r] is not None else -1
 
     # --- queues
 
@@ -460,6 +472,7 @@ class Pool:
             return granted
         lead = self.LEAD * float(self.pages.sum())
         parked = False
+        refused: set[int] = set()  # nothing but what is granted changes meanwhile
         while self.queued:
             for heap in self._heaps.values():
                 while heap and self.ticket[heap[0][2]] != heap[0][1]:
@@ -469,11 +482,13 @@ class Pool:
             for suite in order:
                 if self.served[suite] > self.served[order[0]] + lead:
                     break
-                found = self._next(self._heaps[suite], now_s)
+                found = self._next(self._heaps[suite], refused, now_s)
                 if found:
                     break
             if found:
                 row, r = found
+                if row in self.held:
+                    refused.clear()
                 self._dequeue(row)
                 self._charge(row, r)
                 self.served[self.suite[row]] += float(self.cumulants[row, 0].max()) / _UNIT
@@ -482,10 +497,11 @@ class Pool:
                 break
             else:
                 parked = True
+                refused.clear()
         return granted
 
-    def _next(self, heap: list[tuple[float, int, int]], now_s: float) -> tuple[int, int] | None:
-        """The first row of a heap that fits somewhere, and where."""
+    def _next(self, heap: list[tuple[float, int, int]], refused: set[int], now_s: float) -> tuple[int, int] | None:
+        """The first row of a heap that fits somewhere, and where; those that do not are added to `refused`."""
         passed: list[tuple[float, int, int]] = []
         found = None
         while heap and len(passed) <= self.LOOK_PAST and found is None:
@@ -494,10 +510,12 @@ class Pool:
                 continue
             passed.append(entry)
             row = entry[2]
-            r = self._fit(row)
+            r = None if row in refused else self._fit(row)
             if r is not None:
                 found = (row, r)
-            elif len(passed) == 1 and row not in self.held and now_s - self.asked_s[row] > self.aging_s:
+                break
+            refused.add(row)
+            if len(passed) == 1 and row not in self.held and now_s - self.asked_s[row] > self.aging_s:
                 self._hold(row)
         for entry in passed:
             heapq.heappush(heap, entry)
@@ -505,33 +523,32 @@ class Pool:
 
     def _hold(self, row: int) -> None:
         """Keep the roomiest replica that could ever take the row free for it."""
-        could = self.pages - self.prefix_pages[self.prefix[row]] >= needed(self.cumulants[row])
+        could = self.pages - self.prefix_pages[self.prefix[row]] >= self.alone[row]
         if not could.any():
             could = self.pages == self.pages.max(initial=0.0)
-        r = int(np.where(could, self.room, -2.0).argmax())
+        r = int(np.where(could, np.maximum(self.left.min(0), -1.0), -2.0).argmax())
         if self.replica_ids[r] is not None and not self.is_held[r]:
-            self.held[row], self.is_held[r], self.room[r] = r, True, -1.0
+            self.held[row], self.is_held[r], self.left[:, r] = r, True, -np.inf
 
     def _fit(self, row: int) -> int | None:
-        """The replica with the most room, if it takes the row; then the next three."""
+        """The replica that has the most room left with the row's mean, if it takes the row; then the next three."""
         p = int(self.prefix[row])
-        room = self.room - self.prefix_pages[p] * (self.refs[p] == 0)
-        own = self.cumulants[row]
-        room[self.refused <= own[0].max()] = -1.0
-        least = own[0, 0] / _UNIT
+        mean = self.cumulants[row, 0]
+        room = (self.left - (mean / _UNIT)[:, None]).min(0) - self.prefix_pages[p] * (self.refs[p] == 0)
+        room[self.refused <= mean.max()] = -np.inf
         if (r := self.held.get(row)) is not None and (self._takes(r, row) or not self.residents[r]):
             return r
         avoid = self._avoided(row)
         for _ in range(4):
             r = int(room.argmax())
-            if room[r] < least:
+            if room[r] < 0:
                 break
             if r != avoid and self._takes(r, row):
                 return r
-            room[r] = -1.0
+            room[r] = -np.inf
         # Larger than any pool allows: alone on the largest.
-        if needed(own) + self.prefix_pages[p] > (top := self.largest):
-            alone = np.flatnonzero((self.pages == top) & (self.residents == 0) & (self.room >= 0))
+        if self.alone[row] + self.prefix_pages[p] > (top := self.largest):
+            alone = np.flatnonzero((self.pages == top) & (self.residents == 0) & (self.left[0] > -np.inf))
             return int(alone[0]) if len(alone) else None
         return None
 
@@ -540,9 +557,7 @@ class Pool:
         avoid = self.avoid[row]
         if avoid < 0:
             return -1
-        could = self.pages >= min(
-            float(needed(self.cumulants[row])) + self.prefix_pages[self.prefix[row]], self.largest
-        )
+        could = self.pages >= min(float(self.alone[row]) + self.prefix_pages[self.prefix[row]], self.largest)
         could[avoid] = False
         return avoid if could.any() else -1
 
@@ -552,7 +567,7 @@ class Pool:
         p = self.prefix[row]
         limit = float(self.pages[r] - self.shared[r] - (0 if self.refs[p, r] else self.prefix_pages[p]))
         total = self.charged[r] + self.cumulants[row]
-        if needed(total) > limit:
+        if needed(total).max() > limit:
             return False
         if not self.residents[r]:
             return True  # there is nobody whom it could crowd out

@@ -149,7 +149,7 @@ class Oracle(Pool):
         shared = self.prefix_pages[self.prefix[rows]][:, None]
         self.outlook[rows, 0] = np.maximum(-(-tokens_BH // self.page_tokens) - shared, 1)
         self.outlook[rows, 1] = there_BH
-        self.cumulants[rows] = demand(self.outlook[rows])
+        self._sum_up(rows)
 
 
 class Simulation:
