@@ -39,7 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.messages import Forecast
-from actors.placement import HORIZONS, LEVELS, Pool, demand, survival
+from actors.placement import HORIZONS, LEVELS, Pool, survival
 from bench.common import device_info, print_table, write_json
 
 PAGE = 256
