@@ -232,7 +232,7 @@ class Pool:
         self.quantiles = np.zeros((0, len(LEVELS)))
         self.outlook = np.zeros((0, 2, len(HORIZONS)))
         self.cumulants = np.zeros((0, 3, len(HORIZONS)), np.int64)
-        self.alone = np.zeros(0)  # pages of one, under the bound
+        self.alone = np.zeros(0)  # see _alone; nan until it is asked for
         self.deadline_s, self.asked_s = np.zeros(0), np.zeros(0)
         self.waiting_since_s = np.zeros(0)  # for its tool; inf while it computes
         self.parked = np.zeros(0, np.bool_)
@@ -378,8 +378,14 @@ class Pool:
         self._sum_up(rows)
 
     def _sum_up(self, rows: Ints) -> None:
-        self.cumulants[rows] = cumulants = demand(self.outlook[rows])
-        self.alone[rows] = needed(cumulants).max(1)
+        self.cumulants[rows] = demand(self.outlook[rows])
+        self.alone[rows] = np.nan
+
+    def _alone(self, row: int) -> float:
+        """Pages that a row may come to need, under the bound, without its shared prompt."""
+        if np.isnan(self.alone[row]):
+            self.alone[row] = needed(self.cumulants[row]).max()
+        return float(self.alone[row])
 
     def _stand(self, rows: Ints, pages: Floats) -> None:
         """Rows hold so many pages at every horizon."""
@@ -523,7 +529,7 @@ class Pool:
 
     def _hold(self, row: int) -> None:
         """Keep the roomiest replica that could ever take the row free for it."""
-        could = self.pages - self.prefix_pages[self.prefix[row]] >= self.alone[row]
+        could = self.pages - self.prefix_pages[self.prefix[row]] >= self._alone(row)
         if not could.any():
             could = self.pages == self.pages.max(initial=0.0)
         r = int(np.where(could, np.maximum(self.left.min(0), -1.0), -2.0).argmax())
@@ -547,7 +553,7 @@ class Pool:
                 return r
             room[r] = -np.inf
         # Larger than any pool allows: alone on the largest.
-        if self.alone[row] + self.prefix_pages[p] > (top := self.largest):
+        if self._alone(row) + self.prefix_pages[p] > (top := self.largest):
             alone = np.flatnonzero((self.pages == top) & (self.residents == 0) & (self.left[0] > -np.inf))
             return int(alone[0]) if len(alone) else None
         return None
@@ -557,7 +563,7 @@ class Pool:
         avoid = self.avoid[row]
         if avoid < 0:
             return -1
-        could = self.pages >= min(float(self.alone[row]) + self.prefix_pages[self.prefix[row]], self.largest)
+        could = self.pages >= min(self._alone(row) + self.prefix_pages[self.prefix[row]], self.largest)
         could[avoid] = False
         return avoid if could.any() else -1
 
