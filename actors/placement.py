@@ -211,7 +211,8 @@ class Pool:
         self.residents = np.zeros(0, np.int64)
         self.is_held = np.zeros(0, np.bool_)
         self.charged = np.zeros((0, 3, len(HORIZONS)), np.int64)
-        self.left = np.zeros((len(HORIZONS), 0))  # pages left under the bound at each horizon; -inf where closed
+        # Pages left under the bound at each horizon, -inf where closed. A first look, for which 32 bits do.
+        self.left = np.zeros((len(HORIZONS), 0), np.float32)
         self.refused = np.zeros(0)  # pages of the smallest row that had room and was too much of a risk
         # prompts that rows have in common: (suite, tokens) → index into refs
         self.prefixes: dict[tuple[str, int], int] = {}
@@ -283,7 +284,7 @@ class Pool:
         for name in ("pages", "slots", "refill_s", "shared", "residents", "is_held", "charged", "refused"):
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old, np.zeros((more, *old.shape[1:]), old.dtype)]))
-        self.left = np.concatenate([self.left, np.full((len(HORIZONS), more), -np.inf)], 1)
+        self.left = np.concatenate([self.left, np.full((len(HORIZONS), more), -np.inf, np.float32)], 1)
         self.refs = np.concatenate([self.refs, np.zeros((len(self.refs), more), np.int64)], 1)
         return r
 
@@ -540,14 +541,15 @@ class Pool:
         """The replica that has the most room left with the row's mean, if it takes the row; then the next three."""
         p = int(self.prefix[row])
         mean = self.cumulants[row, 0]
-        room = (self.left - (mean / _UNIT)[:, None]).min(0) - self.prefix_pages[p] * (self.refs[p] == 0)
+        room = (self.left - (mean[:, None] / _UNIT).astype(np.float32)).min(0)
+        room -= self.prefix_pages[p] * (self.refs[p] == 0)
         room[self.refused <= mean.max()] = -np.inf
         if (r := self.held.get(row)) is not None and (self._takes(r, row) or not self.residents[r]):
             return r
         avoid = self._avoided(row)
         for _ in range(4):
             r = int(room.argmax())
-            if room[r] < 0:
+            if room[r] < -0.5:  # rounded
                 break
             if r != avoid and self._takes(r, row):
                 return r
