@@ -179,8 +179,8 @@ def main():
     for window, softcap, quantized in ((None, None, False), (40, 5.0, True)):
         prefills(torch.float32, window, softcap, quantized)
     prefills(torch.float16, None, None, False)
-    for name in ("qwen2", "qwen3", "gemma2"):
-        fuses(name, quantized=name == "qwen3")
+    for name in ("qwen2", "gemma3"):
+        fuses(name, quantized=name == "gemma3")
 
 
 if __name__ == "__main__":
