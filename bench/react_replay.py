@@ -382,6 +382,7 @@ class Berth:
             max_model_len=max_model_len,
             graphs="graphs" not in args.without,
             compile="off" if "compile" in args.without else "auto",
+            fused=args.fused,
             speculation=args.speculation,
             budget_fraction=args.budget_fraction,
         )
@@ -785,6 +786,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--pages", type=int, help="berth: KV pages (default: what the budget leaves)")
     add("--budget-fraction", type=float, default=0.9, help="berth: share of the device's memory to use")
     add("--without", default="", help=f"berth: leave out, comma-separated, of {', '.join(FEATURES)}")
+    add("--fused", action="store_true", help="berth: one product and one kernel for queries, keys and values")
     add("--speculation", choices=["auto", "on", "off"], default="auto", help="berth: guess tokens (auto: not on a GPU)")
     add("--hf-batch", type=int, default=32, help="hf_generate: rows of a batch")
     add("--hf-trajectories", type=int, default=32, help="hf_generate: it is slow, so at most so many")

@@ -7,9 +7,13 @@ has none.
 import itertools
 
 import torch
+from transformers import AutoModelForCausalLM
 
+from actors.engine import attention
+from actors.engine.fused import FusedAttention, fuse
 from actors.engine.kernels import decode, prefill, write
-from actors.engine.kv import quantise
+from actors.engine.kv import KVCache, kv_shapes, quantise
+from tests.unit.test_runner import CONFIGS
 
 K, G, D, S, P = 2, 3, 16, 64, 60  # KV heads, query heads each, head dimension, tokens a page, pages
 BOUND = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -108,6 +112,61 @@ def prefills(dtype, window, softcap, quantized):
     check(f"prefill {dtype} window {window} cap {softcap} int8 {quantized}", got, torch.cat(wanted), dtype)
 
 
+def fuses(name, quantized=False):
+    """A model of one family in fp32: what it computes with its attention layers fused, and as they are."""
+    config = CONFIGS[name]()
+    config.num_hidden_layers = 2
+    if config.layer_types:
+        config.layer_types = config.layer_types[:2]
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for called, weight in model.named_parameters():
+        if "norm" in called or called.endswith("bias"):
+            weight.data.add_(torch.randn_like(weight) * 0.2)
+    model.set_attn_implementation(attention.NAME)
+    kv = KVCache(kv_shapes(config), P, S, torch.float32, "cpu", "int8" if quantized else "auto")
+    heads, dim = kv.shapes[0]
+    new = [6, 3]
+    _, table_RP = tables_of([1, 1])
+    queries = prefill.queries_a_tile(config.num_attention_heads, heads, dim, sum(new), 2)
+    tiles = [-(-count // queries) for count in new]
+    position_T = torch.cat([torch.arange(count) for count in new])
+    slots_T = table_RP.flatten().repeat_interleave(torch.tensor(new)) * S + position_T
+    plan = attention.Plan(
+        kv, "triton", slots_T, sums(new), sums(new), ints(new), table_RP, max(new), max(new), False,
+        units=attention.Units(repeated(tiles), sums(tiles), queries, ints([1])),
+    )  # fmt: skip
+
+    def run():
+        with torch.no_grad(), attention.attending(plan):
+            out = model.base_model(
+                input_ids=torch.arange(1, 1 + sum(new))[None], position_ids=position_T[None], use_cache=False
+            )
+        return out.last_hidden_state[0], [cache.clone().float() for cache in (*kv.k, *kv.v)]
+
+    wanted, pages = run()
+    own = model.base_model.layers[1].self_attn
+    rotary = own.forward
+    own.forward = lambda hidden_states, position_embeddings, **more: rotary(
+        hidden_states, (position_embeddings[0], -position_embeddings[1]), **more
+    )
+    assert not fuse(model, kv), "another rotary embedding"
+    layers = model.base_model.layers
+    assert not any(type(layer.self_attn) is FusedAttention for layer in layers)
+    own.forward = rotary
+    assert fuse(model, kv), "refused"
+    assert all(type(layer.self_attn) is FusedAttention for layer in layers)
+    got, fused_pages = run()
+    for layer in layers:
+        layer.compile(dynamic=True, fullgraph=True, backend="aot_eager")
+    compiled, _ = run()
+    for case, out in (("fused", got), ("compiled", compiled)):
+        error = float((out - wanted).norm() / wanted.norm())
+        print(f"{case} {name} int8 {quantized}: {error:.1e}")
+        assert error < (2e-3 if quantized else 1e-5), name
+    for before, after in zip(pages, fused_pages, strict=True):
+        assert float((before - after).abs().max()) <= (1 if quantized else 1e-4)
+
+
 def main():
     torch.manual_seed(0)
     for window, softcap, shared, quantized, chunk in (
@@ -120,6 +179,8 @@ def main():
     for window, softcap, quantized in ((None, None, False), (40, 5.0, True)):
         prefills(torch.float32, window, softcap, quantized)
     prefills(torch.float16, None, None, False)
+    for name in ("qwen2", "gemma3"):
+        fuses(name, quantized=name == "gemma3")
 
 
 if __name__ == "__main__":

@@ -186,6 +186,7 @@ def over_model(
     graphs: bool = True,
     speculation: str = "auto",
     compile: str = "auto",
+    fused: bool = False,
     kv_dtype: str = "auto",
     budget_fraction: float = 0.9,
     gpu_memory_fraction: float | None = None,
@@ -202,6 +203,8 @@ def over_model(
         pages: KV pages, the scratch page included; None takes what the budget leaves.
         invariant: same row, same tokens, whatever else runs; float32 only.
         speculation, compile: on, off or auto, see `EngineSpec`.
+        fused: one product and one kernel for queries, keys and values, on one GPU under the Triton kernels (see
+            `fused.fuse`). Not measured on a GPU yet.
         kv_dtype: auto is the model's; int8 or fp8.
         budget_fraction: share of the GPU's memory to use.
         gpu_memory_fraction: torch's cap, as it was set; the budget is a share of that.
@@ -228,6 +231,8 @@ def over_model(
     cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if cuda else 0
     half = chosen in ("triton", "flash_attn", "torch_varlen") and gang is None
+    with start.part("fuse"):
+        joined = fused and gang is None and runner.fuse()
     compiled = False
     if compile == "on" and not half:
         log.warning("compile: on has no effect on %s in %s over %d ranks: layers run as they are", device, dtype, tp)
@@ -275,7 +280,7 @@ def over_model(
     memory = MemoryReport(predicted(), measured, device_used_bytes(device) if cuda else None)
     leader = lead(runner) if isinstance(runner, ShardedRunner) else None
     name = str(dtype).removeprefix("torch.")
-    computes = f"{chosen}+compiled" if compiled else chosen
+    computes = "+".join([chosen, *["fused"] * joined, *["compiled"] * compiled])
     log.info("%d KV pages of %d tokens, kernel %s, %s", count, page_tokens, computes, name)
     log.info("memory, predicted → measured MiB: %s", memory)
     log.info("start, seconds: %s", start)

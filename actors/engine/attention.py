@@ -32,7 +32,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -125,16 +125,23 @@ class Plan:
     pages_N: Tensor | None = None
 
 
+class _TritonKernels(NamedTuple):
+    write: Callable[..., None]
+    enter: Callable[..., Tensor]
+    prefill: Callable[..., Tensor]
+    decode: Callable[..., Tensor]
+
+
 class _Current(threading.local):
-    plan: Plan | None = None
+    plan: Plan | Callable[..., Tensor] | None = None
 
 
 _current = _Current()
 
 
 @contextmanager
-def attending(plan: Plan) -> Generator[None]:
-    """Make `plan` the one that attention on this thread follows."""
+def attending(plan: Plan | Callable[..., Tensor]) -> Generator[None]:
+    """Make `plan` the one that attention on this thread follows, or a function that takes its place."""
     before, _current.plan = _current.plan, plan
     try:
         yield
@@ -293,6 +300,8 @@ def _attend(
     plan = _current.plan
     if plan is None:
         raise RuntimeError("paged attention was called outside a runner's step")
+    if not isinstance(plan, Plan):
+        return plan(q_THD, k_TKD, v_TKD, layer, scale, window, softcap)
     return attend(plan, q_THD, k_TKD, v_TKD, layer, scale, window, softcap)
 
 
@@ -300,6 +309,44 @@ def _attend_fake(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: int, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
     return q_THD.new_empty(q_THD.shape)
+
+
+def _attend_qkv(
+    qkv_TW: Tensor,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
+    q_norm_D: Tensor | None,
+    k_norm_D: Tensor | None,
+    eps: float,
+    layer: int,
+    kv_heads: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    plan = _current.plan
+    if not isinstance(plan, Plan) or plan.kernel != "triton":
+        raise RuntimeError("fused attention was called outside a step of the Triton kernels")
+    cache, scales = (plan.kv.k[layer], plan.kv.v[layer]), (plan.kv.k_scale[layer], plan.kv.v_scale[layer])
+    q_THD = _triton_kernels().enter(qkv_TW, cos_TD, sin_TD, q_norm_D, k_norm_D, eps, *cache, plan.slots_T, *scales)
+    return _triton_written(plan, q_THD, layer, scale, window, softcap).flatten(1)
+
+
+def _attend_qkv_fake(
+    qkv_TW: Tensor,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
+    q_norm_D: Tensor | None,
+    k_norm_D: Tensor | None,
+    eps: float,
+    layer: int,
+    kv_heads: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    tokens, width = qkv_TW.shape
+    return qkv_TW.new_empty(tokens, width - 2 * kv_heads * cos_TD.shape[1])
 
 
 def _flash(
@@ -336,17 +383,25 @@ def _triton(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
+    q_THD, k_TKD, v_TKD = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_THD, k_TKD, v_TKD))
+    cache, scales = (plan.kv.k[layer], plan.kv.v[layer]), (plan.kv.k_scale[layer], plan.kv.v_scale[layer])
+    _triton_kernels().write(k_TKD, v_TKD, *cache, plan.slots_T, *scales)
+    return _triton_written(plan, q_THD, layer, scale, window, softcap)
+
+
+def _triton_written(
+    plan: Plan, q_THD: Tensor, layer: int, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Attention over pages that hold the step's own keys and values."""
     units = plan.units
     if units is None:
         raise RuntimeError("a step for the Triton kernels was not cut into units")
-    write, prefill, decode = _triton_kernels()
-    q_THD, k_TKD, v_TKD = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_THD, k_TKD, v_TKD))
     cache, scales = (plan.kv.k[layer], plan.kv.v[layer]), (plan.kv.k_scale[layer], plan.kv.v_scale[layer])
-    write(k_TKD, v_TKD, *cache, plan.slots_T, *scales)
+    kernels = _triton_kernels()
     rows = (plan.lens_R, plan.table_RP, units.row_I, units.first_R1)
     if plan.decode:
-        return decode(q_THD, *cache, *rows, units.pages_1, units.runs, scale, window, softcap, *scales)
-    return prefill(q_THD, *cache, plan.cu_q_R1, *rows, units.queries, scale, window, softcap, *scales)
+        return kernels.decode(q_THD, *cache, *rows, units.pages_1, units.runs, scale, window, softcap, *scales)
+    return kernels.prefill(q_THD, *cache, plan.cu_q_R1, *rows, units.queries, scale, window, softcap, *scales)
 
 
 def _torch_varlen(
@@ -461,11 +516,10 @@ def _flash_attn() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
 
 
 @cache
-def _triton_kernels() -> tuple[Callable[..., None], Callable[..., Tensor], Callable[..., Tensor]]:
-    """To write keys and values, to prefill and to decode."""
-    from actors.engine.kernels import decode, prefill, write  # torch does not bring Triton everywhere
+def _triton_kernels() -> _TritonKernels:
+    from actors.engine.kernels import decode, prefill, qkv, write  # torch does not bring Triton everywhere
 
-    return write.write, prefill.attend, decode.attend
+    return _TritonKernels(write.write, qkv.enter, prefill.attend, decode.attend)
 
 
 @cache
@@ -496,4 +550,12 @@ torch.library.custom_op(
     schema="(Tensor q, Tensor k, Tensor v, SymInt layer, float scale, int? window, float? softcap) -> Tensor",
 )
 torch.library.register_fake("berth::attend", _attend_fake)
+torch.library.custom_op(
+    "berth::attend_qkv",
+    _attend_qkv,
+    mutates_args=(),
+    schema="(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, float eps, SymInt layer, "
+    "int kv_heads, float scale, int? window, float? softcap) -> Tensor",
+)
+torch.library.register_fake("berth::attend_qkv", _attend_qkv_fake)
 AttentionInterface.register(NAME, _attention)

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from actors.engine.attention import NAME, Kernel, Plan, Row, Units, attending, check_kernel, queries_a_tile
+from actors.engine.fused import fuse
 from actors.engine.kv import SCRATCH_PAGE, KVCache, indices, kv_shapes
 from actors.engine.protocol import RowStep
 from actors.engine.sampling import choose, wrap_seed
@@ -264,6 +265,10 @@ class Runner:
             none_B = torch.empty(0, dtype=torch.int64)
             return Drawn(none_B, [None] * len(rows), none_B, None, [False] * len(rows), self._event())
         return self._draw(self._logits(hidden_BE), None, drawn, place_R)
+
+    def fuse(self) -> bool:
+        """See `fused.fuse`; before `compile`, and for the Triton kernels only."""
+        return self.kernel == "triton" and fuse(self._model, self.kv)
 
     @torch.no_grad()
     def compile(self, backend: str = "inductor") -> bool:

@@ -101,8 +101,8 @@ class Recorded(Runner):
         return super()._draw(logits_BV, ids_B, rows, place_R)
 
 
-def runner_of(model, kernel, graphs=False, max_batch=8, pages=16, **kwargs):
-    kv = KVCache(kv_shapes(model.config), pages, PAGE, model.dtype, "cuda")
+def runner_of(model, kernel, graphs=False, max_batch=8, pages=16, kv_dtype="auto", **kwargs):
+    kv = KVCache(kv_shapes(model.config), pages, PAGE, model.dtype, "cuda", kv_dtype)
     try:
         check_numbers(kernel, kv, model.config)
     except UnsupportedModel as e:
@@ -202,6 +202,25 @@ def test_compiled_layers_agree_with_uncompiled_ones(name):
     runner.capture()
     assert runner.captured == (2, 4, 8)
     for got in (uncaptured, replay(runner, [20, 30, 40, 50])):
+        error = (got - expected).abs().amax(-1) / expected.std(-1)
+        worst = error.median() if name == "qwen3_moe" else error.max()
+        assert worst < BOUND[torch.bfloat16], error.tolist()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fused_layers_agree_with_the_models_own(name, kv_dtype):
+    if "triton" not in half_kernels():
+        pytest.skip("no Triton")
+    torch._dynamo.reset()
+    expected = replay(runner_of(tiny(name, torch.bfloat16), "triton", kv_dtype=kv_dtype), [20, 30, 40, 50])
+    runner = runner_of(tiny(name, torch.bfloat16), "triton", graphs=True, kv_dtype=kv_dtype)
+    assert runner.fuse()
+    fused = replay(runner, [20, 30, 40, 50])
+    assert runner.compile()
+    runner.capture()
+    for got in (fused, replay(runner, [20, 30, 40, 50])):
         error = (got - expected).abs().amax(-1) / expected.std(-1)
         worst = error.median() if name == "qwen3_moe" else error.max()
         assert worst < BOUND[torch.bfloat16], error.tolist()

@@ -16,15 +16,21 @@ from torch import Tensor
 
 
 @triton.jit
+def rounded(x, MOST: tl.constexpr):
+    """To whole numbers where they become int8; fp8 rounds by itself."""
+    if MOST == 127:
+        x = tl.where(x < 0, tl.ceil(x - 0.5), tl.floor(x + 0.5))
+    return x
+
+
+@triton.jit
 def _store(x, cache, scales, slot, k, d, mask, K: tl.constexpr, D: tl.constexpr, MOST: tl.constexpr):
     where = slot * K * D + k[:, None] * D + d[None, :]
     if MOST > 0:
         x = x.to(tl.float32)
         scale = tl.max(tl.abs(x), 1) / MOST
         tl.store(scales + slot * K + k, scale, mask=k < K)
-        x = x / tl.where(scale > 0, scale, 1.0)[:, None]
-        if MOST == 127:
-            x = tl.where(x < 0, tl.ceil(x - 0.5), tl.floor(x + 0.5))
+        x = rounded(x / tl.where(scale > 0, scale, 1.0)[:, None], MOST)
     tl.store(cache + where, x.to(cache.dtype.element_ty), mask=mask)
 
 
@@ -42,6 +48,11 @@ def _attention_write(
     _store(key, k_cache, k_scales, slot, k, d, mask, K, D, MOST)
     value = tl.load(v_new + token * v_token + k[:, None] * v_head + d[None, :], mask=mask, other=0.0)
     _store(value, v_cache, v_scales, slot, k, d, mask, K, D, MOST)
+
+
+def most_of(pages: Tensor, scales: Tensor | None) -> int:
+    """The largest number of a quantised dtype; 0 where pages hold the model's own."""
+    return 0 if scales is None else 127 if pages.dtype == torch.int8 else 448
 
 
 def write(
@@ -62,9 +73,8 @@ def write(
         k_scale_PSK, v_scale_PSK: float32, set to the largest size of a token's head, over 127 (int8) or 448 (fp8).
     """
     tokens, heads, dim = k_TKD.shape
-    quantized = k_scale_PSK is not None
-    most = 0 if not quantized else 127 if k_PSKD.dtype == torch.int8 else 448
-    scales = (k_scale_PSK, v_scale_PSK) if quantized else (slots_T, slots_T)
+    most = most_of(k_PSKD, k_scale_PSK)
+    scales = (k_scale_PSK, v_scale_PSK) if most else (slots_T, slots_T)
     _attention_write[(tokens,)](
         k_TKD, v_TKD, k_PSKD, v_PSKD, *scales, slots_T,
         k_TKD.stride(0), k_TKD.stride(1), v_TKD.stride(0), v_TKD.stride(1),
