@@ -58,8 +58,8 @@ class Efficiency:
         prefill: share of the matrix rate; decode: share of the memory rate; step_s: host work of a step. From
             bench/results/react_replay_8b.json, one H100.
         sharded_prefill, sharded_decode: share that is left of each doubling of the GPUs. From
-            bench/results/tensor_parallel.json, two H200s with NVLink, layers not compiled, which those of one are:
-            prefill 42.1 k → 49.3 k tokens/s, decode 12.3 → 15.2 ms a step.
+            bench/results/tensor_parallel.json, two H200s with NVLink, measured when layers of one were compiled and
+            those of two not yet: prefill 42.1 k → 49.3 k tokens/s, decode 12.3 → 15.2 ms a step.
     """
 
     prefill: float = 0.656

@@ -8,14 +8,16 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+import time
+from contextlib import contextmanager, nullcontext, suppress
+from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.engine.assemble import over_model
+from actors.engine import assemble
 from actors.engine.gang import Gang
-from actors.engine.shard import split
+from actors.engine.shard import ShardedRunner, split
 from tests.unit.test_runner import CONFIGS
 
 
@@ -38,16 +40,48 @@ def shape(name, **changes):
     return model
 
 
+_calls = {"left": 0}
+
+
+@torch.library.custom_op("berth_tests::fail", mutates_args=())
+def _fail(hidden: torch.Tensor) -> torch.Tensor:
+    _calls["left"] -= 1
+    if _calls["left"] == 0:
+        raise _calls["error"]
+    return hidden.clone()
+
+
+_fail.register_fake(torch.empty_like)
+
+
 def fail_once(model, call: int, error: Exception) -> None:
-    """Raise in the `call`th forward, between the sums of the second layer."""
-    calls = []
+    """Raise in the `call`th forward, the one that compiles included, between the sums of the second layer.
 
-    def hook(module, args):
-        calls.append(1)
-        if len(calls) == call:
-            raise error
+    By an operator in all layers: compiled ones run no Python, and one compilation serves all.
+    """
+    layers = model.base_model.layers
+    _calls.update(left=(call - 1) * len(layers) + 2, error=error)
+    for layer in layers:
+        layer.mlp.register_forward_pre_hook(lambda _, args: (_fail(args[0]),))
 
-    model.base_model.layers[1].mlp.register_forward_pre_hook(hook)
+
+def slow(graph, inputs):
+    """A compiler that takes longer than a gang's deadline in its tests."""
+    time.sleep(1.5)
+    return graph.forward
+
+
+@contextmanager
+def compiling(backend):
+    """Runners of gangs compile their layers, on a CPU too; `slow` is ours, others are `torch.compile`'s."""
+
+    class Compiling(ShardedRunner):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.compile(slow if backend == "slow" else backend)
+
+    with patch.object(assemble, "ShardedRunner", Compiling):
+        yield
 
 
 def engine(
@@ -62,16 +96,24 @@ def engine(
     changes=None,
     on="cpu float32",
     quantization=None,
+    backend=None,
 ):
-    """Rank 0's engine; other ranks serve, then raise SystemExit."""
+    """Rank 0's engine; other ranks serve, then raise SystemExit.
+
+    Args:
+        backend: compiles the layers where the engine would not, see `compiling`.
+    """
     place, _, dtype = on.partition(" ")
     device = torch.device(place)
+    if backend or device.type == "cuda":
+        torch._dynamo.reset()  # hooks are not compared: layers would run what an earlier gang compiled, without ours
     gang = Gang(rank, size, device, port, deadline_s=deadline_s)
     model = shape(name, **(changes or {})).to(getattr(torch, dtype))
     split(model, rank, size, device, quantization)
     if fail_at is not None:
         fail_once(model, fail_at, {"MemoryError": MemoryError, "RuntimeError": RuntimeError}[error]("injected"))
-    return over_model(model, gang=gang, **options)
+    with compiling(backend) if backend else nullcontext():
+        return assemble.over_model(model, gang=gang, **options)
 
 
 class Seat:

@@ -230,16 +230,14 @@ def over_model(
     runner: Runner = kind(model, kv, chosen, batch, prefill, length, graphs=graphs, invariant=invariant)
     cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if cuda else 0
-    half = chosen in ("triton", "flash_attn", "torch_varlen") and gang is None
     with start.part("fuse"):
         joined = fused and gang is None and runner.fuse()
-    compiled = False
-    if compile == "on" and not half:
-        log.warning("compile: on has no effect on %s in %s over %d ranks: layers run as they are", device, dtype, tp)
-    if half and (compile == "on" or (compile == "auto" and not hasattr(model.config, "num_experts"))):
+    if compiles(compile, chosen, model.config, tp):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(loader.cache_folder() / "compiled"))
         with start.part("compile"):
-            compiled = runner.compile()
+            runner.compile()
+    elif compile == "on":
+        log.warning("compile: on has no effect on %s in %s over %d ranks: layers run as they are", device, dtype, tp)
     bounds = Bounds(runner, gang)
 
     def predicted() -> Memory:
@@ -280,7 +278,7 @@ def over_model(
     memory = MemoryReport(predicted(), measured, device_used_bytes(device) if cuda else None)
     leader = lead(runner) if isinstance(runner, ShardedRunner) else None
     name = str(dtype).removeprefix("torch.")
-    computes = "+".join([chosen, *["fused"] * joined, *["compiled"] * compiled])
+    computes = "+".join([chosen, *["fused"] * joined, *["compiled"] * runner.compiled])
     log.info("%d KV pages of %d tokens, kernel %s, %s", count, page_tokens, computes, name)
     log.info("memory, predicted → measured MiB: %s", memory)
     log.info("start, seconds: %s", start)
@@ -302,6 +300,19 @@ def over_model(
         squeezed=_squeezed(device) if device.type == "cuda" else lambda: False,
         works=partial(_works, device),
     )
+
+
+def compiles(wanted: str, kernel: str, config: Any, tp: int) -> bool:
+    """Whether layers are compiled.
+
+    Args:
+        wanted: on, off or auto, see `EngineSpec`.
+    """
+    experts = hasattr(config, "num_experts")
+    # Compiled norms are tuned by each rank for itself and may round apart: a token's experts would differ by rank.
+    if kernel not in ("triton", "flash_attn", "torch_varlen") or (experts and tp > 1):
+        return False
+    return wanted == "on" or (wanted == "auto" and not experts)
 
 
 def _works(device: torch.device) -> bool:

@@ -66,8 +66,8 @@ class EngineSpec:
         kv_dtype: auto is the model's dtype; int8 or fp8.
         speculation: on: tokens are guessed and checked (see `drafts`); off; or auto: on where it was seen to be faster,
             so far on a CPU.
-        compile: on: layers are compiled at the start (half precision on one GPU only); off; or auto: on where that was
-            seen to be faster, so far for dense models.
+        compile: on: layers are compiled at the start (half precision on GPUs only, and no experts over several ranks);
+            off; or auto: on where that was seen to be faster, so far for dense models.
         kv_pages: KV pages; None takes what the budget leaves.
         tp: ranks that the model is split over, one process each.
         rank_deadline_s: how long a rank waits for the others before it takes one for dead.

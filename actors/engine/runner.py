@@ -37,6 +37,7 @@ from actors.engine.kv import SCRATCH_PAGE, KVCache, indices, kv_shapes
 from actors.engine.protocol import RowStep
 from actors.engine.sampling import choose, wrap_seed
 from actors.engine.support import check_class, check_supported, window_of
+from actors.errors import EngineDead
 from actors.messages import Sampling
 
 log = logging.getLogger(__name__)
@@ -152,6 +153,9 @@ class Runner:
         graphs: let `capture` capture.
         invariant: same row, same bits, whatever else is in the step and however its prompt was cut. Reference only.
 
+    Attributes:
+        compiled: steps run compiled layers.
+
     Raises:
         UnsupportedModel: the model or its shapes are not done by the engine or the kernel.
         ValueError: arguments that do not go together.
@@ -194,6 +198,7 @@ class Runner:
         self._graph_ids_B: Tensor | None = None
         self._warm_up: torch.cuda.Stream | None = None
         self._shares = kernel == "triton" and window_of(config) is None
+        self.compiled = False
         self._least_tokens = 1  # of a forward; compiled code has sizes of 1 apart
         self._kv_heads = kv_shapes(config)[0][0]  # of the whole model
         self._model = model.eval()
@@ -278,28 +283,39 @@ class Runner:
 
         Args:
             backend: see `torch.compile`.
-        """
-        import torch._dynamo.config as dynamo  # seconds that an engine which does not compile need not wait
 
-        # Layers differ in their index alone, which is to be an argument of one compiled function. Process-wide.
-        dynamo.allow_unspec_int_on_nn_module = True
-        layers = [*self._body.layers, self._body.norm]
-        self._least_tokens = 2
+        Raises:
+            torch.OutOfMemoryError: a step of three tokens does not fit.
+            EngineDead: see `shard.ShardedRunner`.
+        """
         try:
-            if dynamo.disable:
-                raise RuntimeError("torch.compile is switched off")
-            for layer in layers:
-                layer.compile(dynamic=True, fullgraph=True, backend=backend)
-            self.step([RowStep([0, 0, 0], 0, [SCRATCH_PAGE], True, Sampling())])
-        except torch.OutOfMemoryError:
+            self._compile(backend)
+        except (torch.OutOfMemoryError, EngineDead):
             raise
         except Exception as e:
-            for layer in layers:
+            for layer in self._layers():
                 layer._compiled_call_impl = None
             self._least_tokens = 1
             log.warning("the layers could not be compiled and run as they are: %s: %s", type(e).__name__, e)
             return False
+        self.compiled = True
         return True
+
+    def _compile(self, backend: str) -> None:
+        import torch._dynamo.config as dynamo  # seconds that an engine which does not compile need not wait
+
+        if dynamo.disable:
+            raise RuntimeError("torch.compile is switched off")
+        # Layers differ in their index alone, which is to be an argument of one compiled function. Process-wide.
+        dynamo.allow_unspec_int_on_nn_module = True
+        self._least_tokens = 2
+        for layer in self._layers():
+            layer.compile(dynamic=True, fullgraph=True, backend=backend)
+        self._start([RowStep([0, 0, 0], 0, [SCRATCH_PAGE], True, Sampling())], None, ()).result()
+
+    def _layers(self) -> list[Any]:
+        """What is compiled: the decoder layers, and the norm behind the last."""
+        return [*self._body.layers, self._body.norm]
 
     def copy_pages(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """See `protocol.Runner`; pages are copied whole."""

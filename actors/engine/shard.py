@@ -1,12 +1,16 @@
 """One rank's part of a model, and the runner of it: tensor parallelism after Megatron-LM (Shoeybi et al. 2019, §3).
 
 Which weights are cut, and how, stands in the model's own `base_model_tp_plan` (transformers). Heads and MLP columns lie
-on different ranks; attention and MLP each end in a partial sum, which a forward hook adds up over the gang. Embeddings,
-norms, routers and the output layer are whole on every rank; experts are cut inside, like an MLP. Unlike transformers'
-own tensor parallelism the weights are plain tensors: no DTensor dispatch, and CUDA graphs see nothing new.
+on different ranks; attention and MLP each end in a partial sum, which is added up over the gang. Embeddings, norms,
+routers and the output layer are whole on every rank; experts are cut inside, like an MLP. Unlike transformers' own
+tensor parallelism the weights are plain tensors: no DTensor dispatch, and CUDA graphs see nothing new.
+
+The sum is an operator, `berth::add_up`, so that layers compile in one piece with it. As with attention, what belongs to
+the gang is not among its arguments: it is done by the runner whose forward goes on on this thread.
 
 A rank that fails within a forward would leave the others waiting in the next sum. So it goes on taking part, with
-zeros, and after the step all ranks agree that it failed and can be repeated.
+zeros, and after the step all ranks agree that it failed and can be repeated. Layers are compiled without any sum, each
+rank by itself: one may take minutes longer than another, or fail, and nobody waits within a step.
 
 Knows nothing of scheduling, of commands between ranks or of Ray. Shapes: T tokens, E hidden size.
 """
@@ -14,6 +18,7 @@ Knows nothing of scheduling, of commands between ranks or of Ray. Shapes: T toke
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Generator, Sequence
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -21,7 +26,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from actors.engine.gang import Gang
+from actors.engine.gang import START_S, Gang
 from actors.engine.int8 import Int8Linear
 from actors.engine.protocol import RowStep
 from actors.engine.runner import Runner
@@ -113,6 +118,24 @@ def _agreed(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[An
     return run
 
 
+class _Current(threading.local):
+    sum: Callable[[Tensor], None] | None = None
+
+
+_current = _Current()
+
+
+def _add_up(part: Tensor) -> None:
+    if _current.sum is None:
+        raise RuntimeError("a rank's part of a model was called outside its runner's step")
+    _current.sum(part)
+
+
+def _ends_in_a_sum(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    torch.ops.berth.add_up(output)
+    return output
+
+
 class ShardedRunner(Runner):
     """A `Runner` over one rank's part. Each method is called on all ranks, with the same arguments.
 
@@ -128,19 +151,15 @@ class ShardedRunner(Runner):
         gang.ordered = self.invariant
         sums = partial_sums(model)
         for module in sums:
-            module.register_forward_hook(self._sum)
+            module.register_forward_hook(_ends_in_a_sum)  # the compiler follows it into the layer's graph
         self._sums = len(sums)
+        self._apart = False  # while layers are compiled
         self._due = 0  # sums that the others still wait for in this forward
         self._failure: Exception | None = None
         tokens = max(self.max_prefill_tokens, self.max_batch, self.tile_tokens) if self._device.type == "cuda" else 0
         self._spare = torch.zeros(tokens * model.config.hidden_size, dtype=model.dtype, device=self._device)
         self._width: int = model.config.hidden_size
         gang.reduce(self._spare[:1])  # NCCL sets itself up in its first operation, which no graph could hold
-
-    def _sum(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        self.gang.reduce(output)
-        self._due -= 1
-        return output
 
     @_agreed
     def step(self, rows: Sequence[RowStep]) -> list[tuple[int, float] | None]:
@@ -172,7 +191,18 @@ class ShardedRunner(Runner):
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _compile(self, backend: str) -> None:
+        """The forward that compiles adds nothing up. All ranks compile, or none."""
+        with self.gang.agreed(START_S):
+            self._apart = True
+            try:
+                super()._compile(backend)
+            finally:
+                self._apart = False
+
     def _forward(self, spans: Sequence[Any], decode: bool, tokens: int, moved: Any = None) -> Tensor | None:
+        if self._apart:
+            return super()._forward(spans, decode, tokens, moved)
         self._due = self._sums
         try:
             return super()._forward(spans, decode, tokens, moved)
@@ -180,6 +210,18 @@ class ShardedRunner(Runner):
             self._failure = self._failure or e.with_traceback(None)
         self._take_part(tokens)
         return None
+
+    def _body_forward(self, packed: Any) -> Tensor:
+        _current.sum = self._sum
+        try:
+            return super()._body_forward(packed)
+        finally:
+            _current.sum = None
+
+    def _sum(self, part: Tensor) -> None:
+        if not self._apart:
+            self.gang.reduce(part)
+            self._due -= 1
 
     @_agreed
     def _capture(self, size: int, pool: Any) -> Any:
@@ -197,3 +239,7 @@ class ShardedRunner(Runner):
         while self._due > 0:
             self.gang.reduce(spare[:count].zero_())
             self._due -= 1
+
+
+# It writes into its argument, which is nobody else's: the compiler adds up in place, without a copy.
+torch.library.custom_op("berth::add_up", _add_up, mutates_args=("part",), schema="(Tensor(a!) part) -> ()")

@@ -1,7 +1,10 @@
-"""On two GPUs: a gang over NCCL against one process, with CUDA graphs, and a step that fails on one rank only."""
+"""On two GPUs: a gang over NCCL against one process, with compiled layers, CUDA graphs, and a step that fails on one
+rank only.
+"""
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from actors.engine.assemble import over_model
 from tests import ranks
@@ -23,18 +26,22 @@ def other():
 
 
 def answers(other, name, on, fail=None, **options):
-    """Rank 0's answers, its events, and the batch sizes that it had captured."""
+    """Rank 0's answers, its engine, which is closed, and the batch sizes that it had captured."""
     seat = {"name": name, "size": 2, "port": ranks.free_port(), "on": on, "options": OPTIONS | options, "changes": WIDE}
     other.tell(rank=1, **seat, **(fail or {}))
     engine = ranks.engine(rank=0, **seat)
+    compiled = counters["stats"]["unique_graphs"]
     try:
-        return together(engine, GREEDY), engine.events, engine._runner._runner.captured
+        got = together(engine, GREEDY), engine, engine._runner._runner.captured
+        assert counters["stats"]["unique_graphs"] == compiled  # in a step the other rank would wait for it
+        return got
     finally:
         engine.close()
         assert other.heard() == "closed"
 
 
 def one_gpu(name, dtype, **options):
+    torch._dynamo.reset()
     model = ranks.shape(name, **WIDE).to("cuda", dtype)
     engine = over_model(model, **(OPTIONS | options))
     try:
@@ -51,12 +58,29 @@ def test_fp32_tokens_are_those_of_one_gpu(other, name):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_half_precision_with_graphs_and_a_failing_rank(other, name):
-    got, events, captured = answers(other, name, "cuda bfloat16")
+    got, engine, captured = answers(other, name, "cuda bfloat16")
     assert captured
-    assert events["errors"] == 0
+    assert engine.events["errors"] == 0
+    assert engine.numerics.kernel.endswith("+compiled")
     expected = one_gpu(name, torch.bfloat16)
     assert sum(a.token_ids[0] == b.token_ids[0] for a, b in zip(got, expected, strict=True)) >= len(GREEDY) - 1
-    # The profile pass is not run where the pages are given: the first forward is a prefill.
-    again, events, _ = answers(other, name, "cuda bfloat16", graphs=False, fail={"fail_at": 1})
-    assert events["oom_prefill"] == 1
+    # The profile pass is not run where the pages are given: the first forward compiles, the second is a prefill.
+    again, engine, _ = answers(other, name, "cuda bfloat16", graphs=False, fail={"fail_at": 2})
+    assert engine.numerics.kernel.endswith("+compiled")
+    assert engine.events["oom_prefill"] == 1
     assert sum(a.token_ids[0] == b.token_ids[0] for a, b in zip(again, expected, strict=True)) >= len(GREEDY) - 1
+
+
+def test_layers_that_one_rank_cannot_compile_run_as_they_are_on_both(other):
+    fail = {"fail_at": 1, "error": "RuntimeError"}
+    got, engine, captured = answers(other, "llama", "cuda bfloat16", fail=fail)
+    assert captured
+    assert not engine.numerics.kernel.endswith("+compiled")
+    expected = one_gpu("llama", torch.bfloat16, compile="off")
+    assert sum(a.token_ids[0] == b.token_ids[0] for a, b in zip(got, expected, strict=True)) >= len(GREEDY) - 1
+
+
+def test_experts_over_ranks_are_not_compiled(other):
+    _, engine, captured = answers(other, "qwen3_moe", "cuda bfloat16", compile="on")
+    assert captured
+    assert not engine.numerics.kernel.endswith("+compiled")

@@ -9,14 +9,17 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
+from torch._dynamo.utils import counters
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 from actors.engine import leader
-from actors.engine.assemble import build, over_model
+from actors.engine.assemble import build, compiles, over_model
+from actors.engine.gang import Gang
 from actors.engine.int8 import quantise
+from actors.engine.kv import KVCache, kv_shapes
 from actors.engine.leader import pack, unpack
 from actors.engine.protocol import EngineSpec, Request, RowStep
-from actors.engine.shard import split
+from actors.engine.shard import ShardedRunner, split
 from actors.engine.support import check_tensor_parallel, tensor_parallel_sizes
 from actors.errors import EngineDead, InputError, UnsupportedModel
 from actors.messages import Sampling
@@ -40,7 +43,7 @@ def others(all_seats):
 
 
 @contextmanager
-def gang(others, name, size, deadline_s=60.0, fail=None, changes=None, quantization=None, **options):
+def gang(others, name, size, deadline_s=60.0, fail=None, changes=None, quantization=None, backend=None, **options):
     """Rank 0's engine; `fail` is {rank: arguments of `ranks.engine`}."""
     seat = {
         "name": name,
@@ -49,12 +52,13 @@ def gang(others, name, size, deadline_s=60.0, fail=None, changes=None, quantizat
         "deadline_s": deadline_s,
         "changes": changes,
         "quantization": quantization,
+        "backend": backend,
         "options": SETTINGS | options,
     }
     fail = fail or {}
     for rank in range(1, size):
-        others[rank - 1].tell(rank=rank, **seat, **fail.get(rank, {}))
-    engine = ranks.engine(rank=0, **seat, **fail.get(0, {}))
+        others[rank - 1].tell(**(seat | {"rank": rank} | fail.get(rank, {})))
+    engine = ranks.engine(**(seat | {"rank": 0} | fail.get(0, {})))
     try:
         yield engine
     finally:
@@ -145,6 +149,105 @@ def test_invariant_steps_fail_and_repeat_in_step(others):
         answers = tokens(together(engine, GREEDY[:2]))
         assert engine.events["oom_prefill"] + engine.events["oom_decode"] == 1
         assert tokens(alone(engine, GREEDY[:2])) == answers
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("name", "size", "backend", "changes"), [
+    ("llama", 2, "aot_eager", {}),
+    ("qwen2", 4, "eager", {}),
+    ("qwen3", 2, "eager", {"intermediate_size": 101}),  # parts of different sizes
+    ("gemma3", 2, "eager", {}),
+    pytest.param("llama", 2, "inductor", {}, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_compiled_layers_of_a_gang_give_the_tokens_of_one_process(others, fresh_compiler, name, size, backend, changes):
+    expected = tokens(one_process(name, GREEDY, **changes))
+    with gang(others, name, size, changes=changes, backend=backend, max_prefill_tokens=13) as engine:
+        assert engine.numerics.kernel == "sdpa+compiled"
+        compiled = counters["stats"]["unique_graphs"]
+        assert compiled > 0
+        got = alone(engine, GREEDY), together(engine, GREEDY)
+        # A rank that compiled in a step would let the others wait.
+        assert counters["stats"]["unique_graphs"] == compiled
+    assert [tokens(answers) for answers in got] == [expected, expected]
+
+
+def test_sums_stand_in_the_graphs_of_the_layers(fresh_compiler):
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes])
+        return graph.forward
+
+    device = torch.device("cpu")
+    seat = Gang(0, 1, device, ranks.free_port())
+    model = ranks.shape("llama")
+    split(model, 0, 1, device)
+    kv = KVCache(kv_shapes(model.config), 2, PAGE, torch.float32, device)
+    runner = ShardedRunner(model, kv, "sdpa", 8, 64, 64, gang=seat)
+    summed = []
+    seat.reduce = lambda part: summed.append(tuple(part.shape))
+    assert runner.compile(keep)
+    layers = [targets for targets in graphs if torch.ops.berth.attend in targets]
+    assert layers
+    for targets in layers:
+        ours = [one for one in targets if one in (torch.ops.berth.attend, torch.ops.berth.add_up)]
+        assert ours == [torch.ops.berth.attend, torch.ops.berth.add_up, torch.ops.berth.add_up]
+    assert summed == []  # nobody need be there while a rank compiles
+    runner.step([RowStep([1, 2, 3, 4, 5], 0, [0], True, Sampling())])
+    assert summed == [(1, 5, 64)] * 2 * model.config.num_hidden_layers
+    with torch.no_grad(), pytest.raises(RuntimeError, match="outside its runner's step"):
+        model.base_model.layers[0].mlp.down_proj(torch.zeros(3, 128))
+    seat.close()
+
+
+@pytest.mark.parametrize(("rank", "call", "error"), [
+    (1, 2, "MemoryError"),  # the first forward is the one that compiles
+    (0, 5, "MemoryError"),
+    (1, 5, "RuntimeError"),
+])  # fmt: skip
+def test_a_step_that_fails_in_a_compiled_layer_is_repeated_on_all(others, fresh_compiler, rank, call, error):
+    expected = tokens(one_process("llama", GREEDY))
+    fail = {rank: {"fail_at": call, "error": error}}
+    with gang(others, "llama", 2, fail=fail, backend="eager") as engine:
+        assert engine.numerics.kernel == "sdpa+compiled"
+        assert tokens(together(engine, GREEDY)) == expected
+        memory = engine.events["oom_prefill"] + engine.events["oom_decode"]
+        assert (memory, engine.events["errors"]) == ((1, 0) if error == "MemoryError" else (0, 1))
+        assert tokens(together(engine, GREEDY)) == expected
+
+
+@pytest.mark.parametrize(("rank", "how"), [
+    (0, {"backend": "no_such_compiler"}),
+    (1, {"fail_at": 1, "error": "RuntimeError"}),
+])  # fmt: skip
+def test_layers_that_one_rank_cannot_compile_run_as_they_are_on_all(others, fresh_compiler, caplog, rank, how):
+    expected = tokens(one_process("llama", GREEDY))
+    with gang(others, "llama", 2, fail={rank: how}, backend="eager") as engine:
+        assert engine.numerics.kernel == "sdpa"
+        assert f"could not be compiled and run as they are: RuntimeError: rank {rank}: " in caplog.text
+        assert not engine._runner._runner.compiled
+        assert tokens(together(engine, GREEDY)) == expected
+
+
+def test_a_rank_may_compile_for_longer_than_the_deadline(others, fresh_compiler):
+    with gang(others, "llama", 2, deadline_s=1.0, fail={1: {"backend": "slow"}}, backend="eager") as engine:
+        assert engine.numerics.kernel == "sdpa+compiled"
+        assert len(together(engine, GREEDY[:1])) == 1
+
+
+def test_what_is_compiled():
+    dense, experts = LlamaConfig(), Qwen3MoeConfig()
+    for wanted, of_dense, of_experts in (("auto", True, False), ("on", True, True), ("off", False, False)):
+        assert compiles(wanted, "triton", dense, 1) is compiles(wanted, "triton", dense, 4) is of_dense
+        assert compiles(wanted, "flash_attn", experts, 1) is of_experts
+        assert not compiles(wanted, "triton", experts, 2)
+        assert not compiles(wanted, "sdpa", dense, 2)
 
 
 def test_pool_and_graphs_change_on_all_ranks(others):
