@@ -6,10 +6,15 @@ has none.
 
 import itertools
 
+import pytest
 import torch
+from transformers import LlamaConfig
 
+from actors.engine import selfcheck
 from actors.engine.kernels import decode, prefill, write
-from actors.engine.kv import quantise
+from actors.engine.kv import KVCache, kv_shapes, quantise
+from actors.engine.selfcheck import check_numbers
+from actors.errors import UnsupportedModel
 
 K, G, D, S, P = 2, 3, 16, 64, 60  # KV heads, query heads each, head dimension, tokens a page, pages
 BOUND = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -108,6 +113,38 @@ def prefills(dtype, window, softcap, quantized):
     check(f"prefill {dtype} window {window} cap {softcap} int8 {quantized}", got, torch.cat(wanted), dtype)
 
 
+class WrongWeight:
+    """The kernel over shared runs, its sums entering the merge with twice their weight."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            self.kernel[grid](*arguments, **constants)
+            log_sum = arguments[self.kernel.arg_names.index("log_sum")]
+            log_sum += 1.0  # base 2
+
+        return launch
+
+
+def checks_itself():
+    """The check that an engine makes at its start."""
+    config = LlamaConfig(
+        num_attention_heads=K * G, num_key_value_heads=K, head_dim=D, hidden_size=K * G * D, num_hidden_layers=1
+    )
+    kv = KVCache(kv_shapes(config), 2, S, torch.float16, "cpu")
+    kernel = decode._attention_runs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selfcheck, "LENGTHS", (70, 20, 1))
+        check_numbers("triton", kv, config)
+        print("checked itself")
+        patch.setattr(decode, "_attention_runs", WrongWeight(kernel))
+        with pytest.raises(UnsupportedModel, match="decode behind shared pages, error"):
+            check_numbers("triton", kv, config)
+    print("a wrong merge is caught")
+
+
 def main():
     torch.manual_seed(0)
     for window, softcap, shared, quantized, chunk in (
@@ -120,6 +157,7 @@ def main():
     for window, softcap, quantized in ((None, None, False), (40, 5.0, True)):
         prefills(torch.float32, window, softcap, quantized)
     prefills(torch.float16, None, None, False)
+    checks_itself()
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 
 NAME = "berth_paged"
 _GROUP = 4
+RUNS = 4
+"""Runs of shared pages that a replayed step reads once."""
 HALF: tuple[Kernel, ...] = ("triton", "flash_attn", "torch_varlen")
 """Kernels for half precision, the fastest first."""
 _TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)

@@ -20,3 +20,4 @@ def test_the_triton_kernels_compute_attention():
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("decode") == 4
     assert done.stdout.count("prefill") == 3
+    assert done.stdout.endswith("checked itself\na wrong merge is caught\n")
