@@ -6,6 +6,7 @@ appear whole or not at all. Models have random weights of a public shape: speed 
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -15,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -264,6 +266,29 @@ def rss_bytes() -> int:
 
 
 # --- output
+
+
+def workload_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What of a command line says what is measured."""
+    return {key: value for key, value in vars(args).items() if key not in ("out", "device", "models")}
+
+
+@contextmanager
+def replicas_of(kind: type) -> Generator[None]:
+    """Pools start replicas of this class; Serve and Ray end with the block."""
+    import ray
+    from ray import serve
+
+    from pipeline import pools
+
+    deployment = pools._deployment
+    pools._deployment = lambda *a, **k: deployment(*a, **k).options(func_or_class=kind)
+    try:
+        yield
+    finally:
+        pools._deployment = deployment
+        serve.shutdown()
+        ray.shutdown()
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -39,12 +39,12 @@ from ray import serve
 
 from actors.engine import Capacity, EngineSpec, Matcher, Request
 from actors.engine import build as build_engine
-from actors.engine.loader import cache_folder, load_tokenizer, resolve
+from actors.engine.loader import load_tokenizer, resolve
 from actors.messages import Generation
 from actors.replica import Replica
-from bench.common import SHAPES, default_device, device_info, print_table, write_json
+from bench.common import SHAPES, default_device, device_info, print_table, replicas_of, workload_of, write_json
 from bench.react_replay import QUESTION_TOKENS, STEPS, Trace, closed_loops
-from bench.replica import FIRST_TOKEN, write_model
+from bench.replica import FIRST_TOKEN, model_folder
 from bench.scripted import made_up_text
 from pipeline import pools, rollout
 from pipeline import run as pipeline_run
@@ -321,8 +321,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print, write."""
     args = parse(argv)
-    name = f"{args.shape}-{'bf16' if args.device.startswith('cuda') else 'fp32'}"
-    model = write_model((args.models or cache_folder() / "bench").resolve() / name, args.shape, args.device)
+    model = model_folder(args)
     document: dict[str, Any] = {}
 
     def tell(rows: list[dict[str, Any]]) -> None:
@@ -330,23 +329,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         cost = speeds["engine"] / speeds["job"] - 1 if "engine" in speeds else None
         summary = {way: {"median_steady_tok_s": speed} for way, speed in speeds.items()}
         summary["job"]["steady_cost"] = cost
-        workload = {key: value for key, value in vars(args).items() if key not in ("out", "device", "models")}
+        workload = workload_of(args)
         device = device_info(args.device)
         document.update(write_json(args.out, "job", device=device, workload=workload, results=rows, summary=summary))
         plain = [{name: value for name, value in row.items() if name != "cpu_ms_call"} for row in rows]
         print("CPU of the replica by thread, ms a call:", rows[0]["cpu_ms_call"])
         print_table(f"The whole job and its engine alone, {args.shape}; cost {cost}", plain)
 
-    deployment = pools._deployment
-    pools._deployment = lambda *a, **k: deployment(*a, **k).options(func_or_class=Probed)
     with tempfile.TemporaryDirectory(prefix="berth-job-") as folder:
         prepared = prepare(load_run(str(write_suite(Path(folder), model, args)), []))
-        try:
+        with replicas_of(Probed):
             run(args, prepared, tell)
-        finally:
-            pools._deployment = deployment
-            serve.shutdown()
-            ray.shutdown()
     return document
 
 

@@ -59,7 +59,9 @@ from bench.common import (
     made_up_tokenizer,
     print_table,
     random_model,
+    replicas_of,
     runner_of,
+    workload_of,
     write_json,
 )
 from bench.react_replay import Clock, Trace, check_length, closed_loops, make_traces
@@ -206,6 +208,12 @@ def forecast_of(trace: Trace, prefix: int, generate: int) -> Forecast:
 # --- the model
 
 
+def model_folder(args: argparse.Namespace) -> Path:
+    """The model of a command line, written where it is not there yet."""
+    name = f"{args.shape}-{'bf16' if args.device.startswith('cuda') else 'fp32'}"
+    return write_model((args.models or cache_folder() / "bench").resolve() / name, args.shape, args.device)
+
+
 def write_model(folder: Path, shape: str, device: str) -> Path:
     """A model of a shape with random weights, and a tokenizer of as many words; its folder."""
     if not folder.is_dir():
@@ -346,8 +354,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print, write."""
     args = parse(argv)
     begin = time.perf_counter()
-    name = f"{args.shape}-{'bf16' if args.device.startswith('cuda') else 'fp32'}"
-    model = write_model((args.models or cache_folder() / "bench").resolve() / name, args.shape, args.device)
+    model = model_folder(args)
     longest = args.prefix + 40 + 7 * 300 + args.generate
     config = RunConfig.model_validate(
         {
@@ -359,29 +366,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         }
     )
     print(f"{args.shape}: model at hand after {time.perf_counter() - begin:.0f} s", flush=True)
-    deployment = pools._deployment
-    pools._deployment = lambda *a, **k: deployment(*a, **k).options(func_or_class=Measured)
     document: dict[str, Any] = {}
 
     def tell(rows: list[dict[str, Any]], start: list[str]) -> None:
-        workload = {key: value for key, value in vars(args).items() if key not in ("out", "device", "models")}
         document.update(
             write_json(
                 args.out,
                 "replica",
                 device=device_info(args.device),
-                workload=workload | {"start": start, "seconds": min(args.seconds, 1e9)},
+                workload=workload_of(args) | {"start": start, "seconds": min(args.seconds, 1e9)},
                 results=rows,
                 summary=summarize(rows),
             )
         )
 
-    try:
+    with replicas_of(Measured):
         run(args, config, tell)
-    finally:
-        pools._deployment = deployment
-        serve.shutdown()
-        ray.shutdown()
     print_table(f"A replica's engine and Serve, {args.shape}, {args.at_once} calls at once", document["results"])
     print_table("Against the bare engine", [{"way": way, **found} for way, found in document["summary"].items()])
     return document

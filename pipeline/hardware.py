@@ -28,7 +28,7 @@ class Gpu:
         memory_bytes: what CUDA reports.
         matrix_flop_s: operations a second.
         memory_bytes_s: bytes a second.
-        hopper: of capability 9.0.
+        capability: CUDA's compute capability.
         count: how many there are; None for as many as one likes.
     """
 
@@ -36,17 +36,22 @@ class Gpu:
     memory_bytes: int
     matrix_flop_s: float | None
     memory_bytes_s: float | None
-    hopper: bool = False
+    capability: tuple[int, int] = (8, 0)
     count: int | None = None
+
+    @property
+    def hopper(self) -> bool:
+        """Of capability 9.0."""
+        return self.capability == (9, 0)
 
 
 GPUS = (
-    Gpu("A10G 24 GB", int(22.0 * GIB), 70e12, 0.600e12),
-    Gpu("L4 24 GB", int(22.0 * GIB), 121e12, 0.300e12),
+    Gpu("A10G 24 GB", int(22.0 * GIB), 70e12, 0.600e12, (8, 6)),
+    Gpu("L4 24 GB", int(22.0 * GIB), 121e12, 0.300e12, (8, 9)),
     Gpu("A100 40 GB", int(39.4 * GIB), 312e12, 1.555e12),
     Gpu("A100 80 GB", int(79.2 * GIB), 312e12, 2.039e12),
-    Gpu("H100 80 GB", int(79.1 * GIB), 989e12, 3.35e12, hopper=True),
-    Gpu("H200 141 GB", int(139.8 * GIB), 989e12, 4.8e12, hopper=True),
+    Gpu("H100 80 GB", int(79.1 * GIB), 989e12, 3.35e12, (9, 0)),
+    Gpu("H200 141 GB", int(139.8 * GIB), 989e12, 4.8e12, (9, 0)),
 )
 
 
@@ -152,7 +157,7 @@ def local_gpus() -> list[Gpu]:
                 device.memory_bytes,
                 rates.matrix_flop_s if rates else None,
                 rates.memory_bytes_s if rates else None,
-                device.capability == (9, 0),
+                device.capability,
                 found.count(device),
             )
         )

@@ -76,6 +76,7 @@ class Option:
         oom_risk: probability that memory runs short: the residents outgrow the pool (some are set back and computed
             again), or the memory model is wrong by more than what the budget leaves.
         cheaper: not the first rung that fits, but the one with the fewest GPU hours.
+        kernels: of attention that do it on this GPU, the fastest first; the first that is installed is taken.
         pool: a larger pool of the config, for rows that outgrow the smallest; how many do is not known, nor its hours.
     """
 
@@ -92,6 +93,7 @@ class Option:
     gpu_hours: float | None = None
     usd: float | None = None
     cheaper: bool = False
+    kernels: tuple[str, ...] = ()
     pool: str | None = None
 
 
@@ -229,6 +231,7 @@ def _option(
 
     name, gpus, batch, prefill = rung
     dtype = _dtype(config)
+    kernels = _kernels(config, model_config, gpu)
     memory = predict(
         model_config,
         dtype=dtype,
@@ -243,12 +246,13 @@ def _option(
         device_bytes=gpu.memory_bytes,
         budget_fraction=config.memory.budget_fraction,
         gpu_memory_fraction=config.memory.gpu_memory_fraction,
+        kernel=kernels[0] if kernels else "none",
     )
-    option = Option(gpu, None, gpus, batch, prefill, memory)
+    option = Option(gpu, None, gpus, batch, prefill, memory, kernels=kernels)
     kv_bytes_token = kv_token_bytes(model_config, dtype, config.memory.kv_dtype, gpus)
     pool_tokens = (memory.pool_bytes or 0) // kv_bytes_token - PAGE_TOKENS  # without the scratch page
     held = residents(pool_tokens, expected, PAGE_TOKENS)
-    if not held or (gpu.count is not None and gpus > gpu.count):
+    if not held or not kernels or (gpu.count is not None and gpus > gpu.count):
         return option
     at_once = min(held, batch, expected.rows)
     full = overflow_risk(at_once, pool_tokens, expected, PAGE_TOKENS)
@@ -268,6 +272,38 @@ def _option(
     )
     hours = sum(run_seconds(work_of(expected), shape, gpu, at_once, gpus)) / 3600
     return _timed(option, config, hours)
+
+
+def _kernels(config: RunConfig, model_config: Any, gpu: Gpu) -> tuple[str, ...]:
+    """See `Option`; on this machine's GPUs only those that are installed."""
+    from actors.engine.attention import HALF, installed, kernels_on
+
+    invariant = config.numerics == "invariant"
+    found = kernels_on(gpu.capability, _dtype(config), config.memory.kv_dtype, model_config, invariant)
+    if gpu.count is None or not set(found) & set(HALF):
+        return tuple(found)
+    here = installed()
+    return tuple(kernel for kernel in found if kernel in here)
+
+
+def _kernel_notes(config: RunConfig, model_config: Any, gpus: Sequence[Gpu]) -> list[str]:
+    """On which GPUs attention is not Triton's though the dtype is one of half precision, and what that means."""
+    if _dtype(config).itemsize != 2:
+        return []
+    names: dict[tuple[str, ...], list[str]] = {}
+    for gpu in gpus:
+        kernels = _kernels(config, model_config, gpu)
+        if kernels[:1] != ("triton",):
+            names.setdefault(kernels, []).append(gpu.name)
+    kv_dtype = config.memory.kv_dtype
+    what = f"this head dimension or KV in {kv_dtype}" if kv_dtype != "auto" else "this head dimension"
+    copied = "; KV in 8 bits is copied to be read, and decode runs without CUDA graphs" if kv_dtype != "auto" else ""
+    return [
+        f"{', '.join(where)}: Triton's kernels are missing or do not do {what}; it takes {' or '.join(kernels)}{copied}"
+        if kernels
+        else f"{', '.join(where)}: no attention kernel that is installed does {what} there"
+        for kernels, where in names.items()
+    ]
 
 
 def _dtype(config: RunConfig) -> Any:
@@ -350,6 +386,7 @@ def make_plan(config: RunConfig, gpus: Sequence[Gpu]) -> Plan:
         notes.append(
             "numbers in 8 bits are unpacked in front of each product: that takes time which is not counted here"
         )
+    notes += _kernel_notes(config, model_config, gpus)
     if config.fallback != "same_precision":
         notes.append("of the fallback's rungs only smaller_batch and shard are planned")
     return Plan(

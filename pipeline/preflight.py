@@ -95,6 +95,7 @@ def prepare(config: RunConfig) -> Prepared:
         from actors.engine.support import check_supported, check_tensor_parallel
 
         check_supported(model_config)
+        _check_fp8(config, model_config)
         for name, pool in config.pools.items():
             check_tensor_parallel(model_config, pool.tensor_parallel_size, f"pools.{name}.tensor_parallel_size")
     tokenizer = load_tokenizer(model.folder, trust_remote_code=trusted)
@@ -185,6 +186,30 @@ def _check_built(config: RunConfig) -> None:
                 field=f"pools.{name}.tensor_parallel_size",
                 got=pool.tensor_parallel_size,
                 wants="1, or engine: paged",
+            )
+
+
+def _check_fp8(config: RunConfig, model_config: Any) -> None:
+    """Refuse KV in fp8 where attention does not do it on a GPU of this machine; a cluster's are not known here."""
+    field = "memory.kv_dtype" if config.memory.kv_dtype == "fp8" else "fallback"
+    in_list = isinstance(config.fallback, list) and "kv_fp8" in config.fallback
+    if config.ray.address is not None or not (field == "memory.kv_dtype" or in_list):
+        return
+    import torch
+
+    from actors.engine.attention import installed, kernels_on
+    from actors.engine.memory import local_devices
+
+    if config.numerics == "invariant" or config.model.dtype == "float32":
+        return
+    for device in local_devices():
+        does = kernels_on(device.capability, torch.bfloat16, "fp8", model_config)
+        if device.capability >= (8, 0) and not set(does).intersection(installed()):
+            raise InputError(
+                f"no attention kernel that is installed does fp8 on {device.name}",
+                field=field,
+                got="fp8",
+                wants=f"int8, a GPU of compute capability 8.9, or {' or '.join(does)}",
             )
 
 

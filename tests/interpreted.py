@@ -1,22 +1,41 @@
-"""The Triton kernels under Triton's interpreter, on a CPU: `TRITON_INTERPRET=1 python -m tests.interpreted`.
+"""The Triton kernels against plain attention: `TRITON_INTERPRET=1 python -m tests.interpreted` on a CPU, and on a GPU
+by tests/gpu/test_kernels.py.
 
-A process of its own, since Triton decides at its import whether it interprets. bf16 is left to GPUs: the interpreter
-has none.
+A process of its own on a CPU, since Triton decides at its import whether it interprets. bf16 and fp8 are left to GPUs:
+the interpreter has no bf16, and rounds fp8 wrongly where a mantissa overflows.
 """
 
 import itertools
+from dataclasses import dataclass
 
+import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from actors.engine import attention
+from actors.engine import attention, selfcheck
 from actors.engine.fused import FusedAttention, fuse
 from actors.engine.kernels import decode, prefill, write
-from actors.engine.kv import KVCache, kv_shapes, quantise
+from actors.engine.kv import KVCache, _plain, kv_shapes, quantise
+from actors.engine.selfcheck import check_numbers
+from actors.errors import UnsupportedModel
 from tests.unit.test_runner import CONFIGS
 
-K, G, D, S, P = 2, 3, 16, 64, 60  # KV heads, query heads each, head dimension, tokens a page, pages
-BOUND = {torch.float32: 1e-5, torch.float16: 2e-3}
+K, S, P = 2, 64, 60  # KV heads, tokens a page, pages
+BOUND = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step; `stored` is the dtype of quantised KV, `group` the query heads of a KV head."""
+
+    dtype: torch.dtype
+    window: int | None = None
+    softcap: float | None = None
+    shared: bool = False
+    stored: torch.dtype | None = None
+    chunk: int = 1
+    group: int = 3
+    dim: int = 16
 
 
 def ints(values):
@@ -31,32 +50,33 @@ def repeated(counts):
     return ints([row for row, count in enumerate(counts) for _ in range(count)])
 
 
-def pages_of(dtype, quantized):
+def pages_of(case):
     """Keys and values as the kernels read them, their scales, and what they stand for."""
-    wide = [torch.randn(P, S, K, D).to(dtype) for _ in range(2)]
-    if not quantized:
+    wide = [torch.randn(P, S, K, case.dim).to(case.dtype) for _ in range(2)]
+    if case.stored is None:
         return wide, (), wide
-    caches, scales = zip(*(quantise(x, torch.int8) for x in wide), strict=True)
+    caches, scales = zip(*(quantise(x, case.stored) for x in wide), strict=True)
     slots = torch.randperm(P * S)[:40]  # the kernel's own, over what torch made of them
     expected = [cache.clone() for cache in caches], [scale.clone() for scale in scales]
     for cache, scale in zip(caches, scales, strict=True):
-        cache.flatten(0, 1)[slots] = 99
+        _plain(cache).flatten(0, 1)[slots] = 99
         scale.flatten(0, 1)[slots] = 99.0
     write.write(*(x.flatten(0, 1)[slots] for x in wide), *caches, slots, *scales)
     for got, wanted in zip((*caches, *scales), (*expected[0], *expected[1]), strict=True):
-        # Numbers half-way between two are rounded up here and to the even one by torch.
-        torch.testing.assert_close(got.float(), wanted.float(), atol=1.0 if got.dtype == torch.int8 else 1e-6, rtol=0)
+        # Numbers half-way between two are rounded up here and to the even one by torch; e4m3 has 3 bits of mantissa.
+        atol, rtol = {torch.int8: (1.0, 0.0), torch.float8_e4m3fn: (0.01, 0.126)}.get(got.dtype, (1e-6, 0.0))
+        torch.testing.assert_close(got.float(), wanted.float(), atol=atol, rtol=rtol)
     return caches, scales, [cache.float() * scale[..., None] for cache, scale in zip(caches, scales, strict=True)]
 
 
-def plain(q_QHD, keys, values, pages, length, window, softcap):
+def plain(case, q_QHD, keys, values, pages, length):
     """Attention of the last tokens of a sequence over all of it."""
-    k_LHD, v_LHD = (x[pages].flatten(0, 1)[:length].float().repeat_interleave(G, 1) for x in (keys, values))
-    score_HQL = torch.einsum("qhd,lhd->hql", q_QHD.float(), k_LHD) * D**-0.5
-    if softcap:
-        score_HQL = torch.tanh(score_HQL / softcap) * softcap
+    k_LHD, v_LHD = (x[pages].flatten(0, 1)[:length].float().repeat_interleave(case.group, 1) for x in (keys, values))
+    score_HQL = torch.einsum("qhd,lhd->hql", q_QHD.float(), k_LHD) * case.dim**-0.5
+    if case.softcap:
+        score_HQL = torch.tanh(score_HQL / case.softcap) * case.softcap
     position_Q1, key_L = torch.arange(length - len(q_QHD), length)[:, None], torch.arange(length)
-    seen_QL = (key_L <= position_Q1) & (key_L > position_Q1 - (window or length))
+    seen_QL = (key_L <= position_Q1) & (key_L > position_Q1 - (case.window or length))
     return torch.einsum("hql,lhd->qhd", score_HQL.masked_fill(~seen_QL, float("-inf")).softmax(-1), v_LHD)
 
 
@@ -66,50 +86,84 @@ def tables_of(counts):
     return tables, ints([table + [0] * (max(counts) - len(table)) for table in tables])
 
 
-def check(name, got, wanted, dtype):
+def check(name, case, got, wanted):
     error = float((got.float() - wanted).norm() / wanted.norm())
-    print(f"{name}: {error:.1e}")
-    assert error < BOUND[dtype], name
+    print(f"{name} {case}: {error:.1e}")
+    assert error < BOUND[case.dtype], case
 
 
-def decodes(dtype, window, softcap, shared, quantized, chunk):
+def queries_of(case, tokens):
+    return (torch.randn(K * case.group, tokens, case.dim) * 3).to(case.dtype).transpose(0, 1)
+
+
+def decodes(case):
     """Three rows behind one run of pages, two behind another, two alone."""
-    caches, scales, told = pages_of(dtype, quantized)
+    caches, scales, told = pages_of(case)
     lens = [1, 64, 65, 200, 130, 5, 127]
-    runs = [[3, 9]] * 3 + [[4]] * 2 + [[]] * 2 if shared else [[]] * 7
+    runs = [[3, 9]] * 3 + [[4]] * 2 + [[]] * 2 if case.shared else [[]] * 7
     tables, table_BP = tables_of([-(-length // S) for length in lens])
-    counts = [-(-len(table) // chunk) for table in tables]
-    q_BHD = (torch.randn(K * G, 7, D) * 3).to(dtype).transpose(0, 1)
+    counts = [-(-len(table) // case.chunk) for table in tables]
+    q_BHD = queries_of(case, 7)
     of_runs = decode.Runs(sums([3, 2, 0, 0]), sums([2 * S, S, 0, 0]), ints([[3, 9], [4, 0], [0, 0], [0, 0]]))
-    cut = (torch.cat([repeated(counts), ints([99] * 3)]), sums(counts), ints([chunk]))
-    rows = (ints(lens), table_BP, *cut, of_runs if shared else None)
-    got = decode.attend(q_BHD, *caches, *rows, D**-0.5, window, softcap, *scales)
+    cut = (torch.cat([repeated(counts), ints([99] * 3)]), sums(counts), ints([case.chunk]))
+    rows = (ints(lens), table_BP, *cut, of_runs if case.shared else None)
+    got = decode.attend(q_BHD, *caches, *rows, case.dim**-0.5, case.window, case.softcap, *scales)
     wanted = [
-        plain(q_BHD[r : r + 1], *told, [*runs[r], *tables[r]], len(runs[r]) * S + lens[r], window, softcap)
-        for r in range(7)
+        plain(case, q_BHD[r : r + 1], *told, [*runs[r], *tables[r]], len(runs[r]) * S + lens[r]) for r in range(7)
     ]
-    case = f"decode {dtype} window {window} cap {softcap} shared {shared} int8 {quantized} chunks of {chunk}"
-    check(case, got, torch.cat(wanted), dtype)
+    check("decode", case, got, torch.cat(wanted))
 
 
-def prefills(dtype, window, softcap, quantized):
+def prefills(case):
     """Rows with and without former context, some shorter than a tile. Behind a row's end its page holds infinities."""
-    caches, scales, told = pages_of(dtype, quantized)
+    caches, scales, told = pages_of(case)
     new, start = [1, 30, 9, 70], [100, 0, 55, 130]
     lens = [a + b for a, b in zip(new, start, strict=True)]
     tables, table_RP = tables_of([-(-length // S) for length in lens])
-    if not quantized:
+    if case.stored is None:
         for table, length in zip(tables, lens, strict=True):
             for cache in caches:
                 cache[table[-1], (length - 1) % S + 1 :] = float("inf")
-    q_THD = (torch.randn(K * G, sum(new), D) * 3).to(dtype).transpose(0, 1)
-    queries = prefill.queries_a_tile(K * G, K, D, sum(new), len(new))
+    q_THD = queries_of(case, sum(new))
+    queries = prefill.queries_a_tile(K * case.group, K, case.dim, sum(new), len(new))
     tiles = [-(-count // queries) for count in new]
     rows = (sums(new), ints(lens), table_RP, repeated(tiles), sums(tiles), queries)
-    got = prefill.attend(q_THD, *caches, *rows, D**-0.5, window, softcap, *scales)
+    got = prefill.attend(q_THD, *caches, *rows, case.dim**-0.5, case.window, case.softcap, *scales)
     ends = [0, *itertools.accumulate(new)]
-    wanted = [plain(q_THD[ends[r] : ends[r + 1]], *told, tables[r], lens[r], window, softcap) for r in range(4)]
-    check(f"prefill {dtype} window {window} cap {softcap} int8 {quantized}", got, torch.cat(wanted), dtype)
+    wanted = [plain(case, q_THD[ends[r] : ends[r + 1]], *told, tables[r], lens[r]) for r in range(4)]
+    check("prefill", case, got, torch.cat(wanted))
+
+
+class WrongWeight:
+    """The kernel over shared runs, its sums entering the merge with twice their weight."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            self.kernel[grid](*arguments, **constants)
+            log_sum = arguments[self.kernel.arg_names.index("log_sum")]
+            log_sum += 1.0  # base 2
+
+        return launch
+
+
+def checks_itself():
+    """The check that an engine makes at its start."""
+    config = LlamaConfig(
+        num_attention_heads=3 * K, num_key_value_heads=K, head_dim=16, hidden_size=48 * K, num_hidden_layers=1
+    )
+    kv = KVCache(kv_shapes(config), 2, S, torch.float16, "cpu")
+    kernel = decode._attention_runs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selfcheck, "LENGTHS", (70, 20, 1))
+        check_numbers("triton", kv, config)
+        print("checked itself")
+        patch.setattr(decode, "_attention_runs", WrongWeight(kernel))
+        with pytest.raises(UnsupportedModel, match="decode behind shared pages, error"):
+            check_numbers("triton", kv, config)
+    print("a wrong merge is caught")
 
 
 def fuses(name, quantized=False):
@@ -169,18 +223,22 @@ def fuses(name, quantized=False):
 
 def main():
     torch.manual_seed(0)
-    for window, softcap, shared, quantized, chunk in (
-        (None, None, True, False, 1),
-        (50, None, False, False, 2),
-        (None, 5.0, True, True, 2),
+    for case in (
+        Case(torch.float32, shared=True),
+        Case(torch.float32, window=50, chunk=2, group=1),
+        Case(torch.float32, softcap=5.0, shared=True, stored=torch.int8, chunk=2),
+        Case(torch.float16, shared=True, group=8),
     ):
-        decodes(torch.float32, window, softcap, shared, quantized, chunk)
-    decodes(torch.float16, None, None, True, False, 1)
-    for window, softcap, quantized in ((None, None, False), (40, 5.0, True)):
-        prefills(torch.float32, window, softcap, quantized)
-    prefills(torch.float16, None, None, False)
+        decodes(case)
+    for case in (
+        Case(torch.float32),
+        Case(torch.float32, window=40, softcap=5.0, stored=torch.int8, group=8),
+        Case(torch.float16, group=1),
+    ):
+        prefills(case)
     for name in ("qwen2", "gemma3"):
         fuses(name, quantized=name == "gemma3")
+    checks_itself()
 
 
 if __name__ == "__main__":

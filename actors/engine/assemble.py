@@ -256,6 +256,7 @@ def over_model(
             device_bytes=torch.cuda.get_device_properties(device).total_memory if cuda else None,
             budget_fraction=budget_fraction,
             gpu_memory_fraction=gpu_memory_fraction,
+            kernel=chosen,
         )
 
     if cuda and pages is None:

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from actors.engine.kv import KVCache
+from actors.engine.kv import KVCache, kv_shapes
 from actors.errors import InputError, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -51,6 +51,12 @@ log = logging.getLogger(__name__)
 
 NAME = "berth_paged"
 _GROUP = 4
+RUNS = 4
+"""Runs of shared pages that a replayed step reads once."""
+HALF: tuple[Kernel, ...] = ("triton", "flash_attn", "torch_varlen")
+"""Kernels for half precision, the fastest first."""
+_TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)
+_FP8_CAPABILITY = (8, 9)  # below, Triton's compiler has no e4m3
 _INSTALL = "`uv pip install flash-attn==2.8.3 --no-build-isolation`, torch 2.14 or later, or model.dtype: float32"
 # Without influence here: positions are in the rotary embedding already, and the cache is ours.
 _IGNORED = {"position_ids", "use_cache", "cache_position", "return_dict"}
@@ -173,6 +179,14 @@ def kernels_for(device: torch.device | str, dtype: torch.dtype, config: Any = No
             got=f"{dtype} on {capability[0]}.{capability[1]}",
             wants="float32",
         )
+    found = installed()
+    if not found:
+        raise InputError("no attention kernel for half precision is installed", wants=_INSTALL)
+    return found
+
+
+def installed() -> list[Kernel]:
+    """The kernels for half precision that are installed here, the fastest first."""
     found: list[Kernel] = []
     if importlib.util.find_spec("triton") is not None:
         found.append("triton")
@@ -181,44 +195,73 @@ def kernels_for(device: torch.device | str, dtype: torch.dtype, config: Any = No
             _flash_attn()
             found.append("flash_attn")
         except ImportError as e:
-            if not found:
-                raise InputError(f"flash-attn does not load ({e})", wants=_INSTALL) from e
             log.warning("flash-attn does not load: %s", e)
     if _has_paged_varlen():
         found.append("torch_varlen")
-    if not found:
-        raise InputError("no attention kernel for half precision is installed", wants=_INSTALL)
     return found
 
 
+def kernels_on(
+    capability: tuple[int, int], dtype: torch.dtype, kv_dtype: str, config: Any, invariant: bool = False
+) -> list[Kernel]:
+    """The kernels that do a model on a GPU of this compute capability, where they are installed, the fastest first.
+
+    Args:
+        kv_dtype: auto, int8 or fp8.
+        config: the model's.
+    """
+    if dtype == torch.float32:
+        capped = getattr(config, "attn_logit_softcapping", None) is not None
+        return ["reference" if capped or invariant else "sdpa"]
+    return [one for one in HALF if _refusal(one, kv_shapes(config), kv_dtype, config, capability) is None]
+
+
 def check_kernel(kernel: Kernel, kv: KVCache, config: Any) -> None:
-    """Refuse a model whose shapes or arguments `kernel` does not do.
+    """Refuse a model whose shapes or arguments `kernel` does not do on the device of `kv`.
 
     Raises:
         UnsupportedModel: names the shape or argument.
         ValueError: the KV cache was not made for this kernel.
     """
-    if kernel == "reference":
-        return
-    if kernel == "sdpa":
-        if getattr(config, "attn_logit_softcapping", None) is not None:
-            raise _unsupported("attn_logit_softcapping under sdpa", config.attn_logit_softcapping)
+    capability = torch.cuda.get_device_capability(kv.device) if kv.device.type == "cuda" else None
+    refused = _refusal(kernel, kv.shapes, kv.kv_dtype, config, capability)
+    if kernel not in HALF:
+        if refused is not None:
+            raise refused
         return
     if kv.page_tokens % 256:
         raise ValueError(f"{kernel} wants pages of a multiple of 256 tokens, got {kv.page_tokens}")
     if kv.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"{kernel} wants float16 or bfloat16 keys and values, got {kv.dtype}")
-    for _, head_dim in kv.shapes:
-        if kernel == "triton":
-            if head_dim not in (16, 32, 64, 128, 256):
-                raise UnsupportedModel(
-                    "the Triton kernels do not do this head dimension", got=head_dim, wants="16 to 256"
-                )
-            continue
-        if head_dim > 256 or head_dim % 8:
-            raise UnsupportedModel("FlashAttention-2 does not do this head dimension", got=head_dim, wants="8 to 256")
-    if kernel == "torch_varlen" and getattr(config, "attn_logit_softcapping", None) is not None:
-        raise _unsupported("attn_logit_softcapping without flash-attn", config.attn_logit_softcapping)
+    if refused is not None:
+        raise refused
+
+
+def _refusal(
+    kernel: Kernel, shapes: Sequence[tuple[int, int]], kv_dtype: str, config: Any, capability: tuple[int, int] | None
+) -> UnsupportedModel | None:
+    """Why `kernel` does not do these shapes; None where it does.
+
+    Args:
+        capability: of the GPU; None on a CPU.
+    """
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap is not None and kernel in ("sdpa", "torch_varlen"):
+        where = "under sdpa" if kernel == "sdpa" else "without flash-attn"
+        return _unsupported(f"attn_logit_softcapping {where}", softcap)
+    for _, head_dim in shapes:
+        if kernel == "triton" and head_dim not in _TRITON_HEAD_DIMS:
+            return UnsupportedModel("the Triton kernels do not do this head dimension", got=head_dim, wants="16 to 256")
+        if kernel in ("flash_attn", "torch_varlen") and (head_dim > 256 or head_dim % 8):
+            return UnsupportedModel("FlashAttention-2 does not do this head dimension", got=head_dim, wants="8 to 256")
+    if kernel == "triton" and kv_dtype == "fp8" and capability is not None and capability < _FP8_CAPABILITY:
+        return UnsupportedModel(
+            "Triton has no fp8 e4m3 on this GPU",
+            field="memory.kv_dtype",
+            got=f"fp8 on compute capability {capability[0]}.{capability[1]}",
+            wants="int8, or compute capability 8.9",
+        )
+    return None
 
 
 def _attention(

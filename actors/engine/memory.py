@@ -191,6 +191,7 @@ def predict(
     device_bytes: int | None = None,
     budget_fraction: float = 0.9,
     gpu_memory_fraction: float | None = None,
+    kernel: str = "triton",
 ) -> Memory:
     """The memory of one rank of an engine.
 
@@ -201,6 +202,7 @@ def predict(
         hopper: a GPU of capability 9.0.
         device_bytes: the GPU's memory; None leaves the pool out.
         budget_fraction, gpu_memory_fraction: as in the run config.
+        kernel: of attention in half precision on a GPU.
 
     Raises:
         ValueError: the KV heads cannot be split over the ranks.
@@ -210,7 +212,7 @@ def predict(
     activations += unpacked_bytes(config, dtype, quantization, tp)
     logits = logits_bytes(config, dtype, max_batch)
     # Triton's kernels read quantised KV as it is; others a copy, a layer at a time, in steps that no graph can hold.
-    copies = kv_dtype != "auto" and not (cuda and dtype in (torch.float16, torch.bfloat16))
+    copies = kv_dtype != "auto" and not (cuda and kernel == "triton" and dtype in (torch.float16, torch.bfloat16))
     bare = Memory(
         weights_bytes=weights_bytes(config, dtype, quantization, tp),
         activation_bytes=activations,

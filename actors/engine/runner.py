@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.engine.attention import NAME, Kernel, Plan, Row, Units, attending, check_kernel, queries_a_tile
+from actors.engine.attention import NAME, RUNS, Kernel, Plan, Row, Units, attending, check_kernel, queries_a_tile
 from actors.engine.fused import fuse
 from actors.engine.kv import SCRATCH_PAGE, KVCache, indices, kv_shapes
 from actors.engine.protocol import RowStep
@@ -44,9 +44,7 @@ log = logging.getLogger(__name__)
 
 _TILE_TOKENS = {"cpu": 8, "cuda": 64}
 _NO_LOGPROB = math.nan
-# Runs of shared pages that a replayed step reads once; and the smallest graph for which that is quicker than reading
-# them for each row.
-_RUNS = 4
+# The smallest graph for which reading shared pages once is quicker than reading them for each row.
 _SHARING_ROWS = 8
 
 
@@ -94,7 +92,7 @@ class _Packed:
     @staticmethod
     def _sizes(tokens: int, rows: int, pages: int, units: int) -> list[int]:
         per_row = [rows, rows + 1, rows + 1, rows + 1]
-        return [tokens, tokens, tokens, *per_row, units, 1, _RUNS + 1, _RUNS + 1, rows * pages, _RUNS * pages]
+        return [tokens, tokens, tokens, *per_row, units, 1, RUNS + 1, RUNS + 1, rows * pages, RUNS * pages]
 
 
 @dataclass(slots=True)
@@ -690,7 +688,7 @@ def _runs(rows: Sequence[RowStep], page_tokens: int) -> tuple[list[int], list[tu
     groups.pop(SCRATCH_PAGE, None)
     order: list[int] = []
     runs: list[tuple[int, Sequence[int]]] = []
-    for members in sorted(groups.values(), key=len, reverse=True)[:_RUNS]:
+    for members in sorted(groups.values(), key=len, reverse=True)[:RUNS]:
         if len(members) > 1:
             whole = [list(rows[r].pages[: rows[r].start // page_tokens]) for r in members]
             alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(min(whole), max(whole), strict=False))

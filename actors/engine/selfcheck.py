@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.engine.attention import Kernel, Plan, Row, Units, attend, check_kernel, queries_a_tile
+from actors.engine.attention import RUNS, Kernel, Plan, Row, Units, attend, check_kernel, queries_a_tile
 from actors.engine.kv import KVCache, kv_shapes
 from actors.engine.support import window_of
 from actors.errors import UnsupportedModel
@@ -24,6 +24,8 @@ from actors.errors import UnsupportedModel
 MAX_ERROR = 0.03
 """‖out − reference‖ / ‖reference‖; bf16 and fp16 stay below 0.01."""
 LENGTHS = (300, 20, 1)
+SHARED_PAGES = 2
+"""Of the run that all rows but the last begin with, in the check of shared runs."""
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,8 @@ def first_right(kernels: Sequence[Kernel], kv: KVCache, config: Any) -> Kernel:
 
 
 def check_numbers(kernel: Kernel, kv: KVCache, config: Any) -> None:
-    """Compare `kernel` with the reference on random numbers: a prefill and a decode step of three rows.
+    """Compare `kernel` with the reference on random numbers: a prefill and a decode step of three rows, and where the
+    runner reads shared pages once, a decode step of rows that begin with the same.
 
     Raises:
         UnsupportedModel: they differ.
@@ -66,12 +69,18 @@ def check_numbers(kernel: Kernel, kv: KVCache, config: Any) -> None:
     share = config.num_attention_heads // kv_shapes(config)[0][0]
     for heads, head_dim in set(kv.shapes):
         for window in {None, window_of(config)}:
-            # In decode one query a row; in prefill tiles of both sizes.
-            for tokens in (None, 1, 1 << 20) if kernel == "triton" else (None, 1):
-                error = _error(kernel, kv, share * heads, heads, head_dim, window, softcap, scale, tokens)
+            steps: dict[str, tuple[int | None, bool]] = {"decode": (None, False)}
+            if kernel == "triton" and window_of(config) is None:
+                steps["decode behind shared pages"] = (None, True)
+            steps["prefill"] = (1, False)
+            if kernel == "triton":
+                steps["prefill of large tiles"] = (1 << 20, False)
+            for step, how in steps.items():
+                error = _error(kernel, kv, share * heads, heads, head_dim, window, softcap, scale, *how)
                 if not error < MAX_ERROR:
                     raise UnsupportedModel(
-                        f"{kernel} computes something else than attention for this model's shapes (error {error:.2g})",
+                        f"{kernel} computes something else than attention for this model's shapes ({step}, error "
+                        f"{error:.2g})",
                         field="head_dim",
                         got=head_dim,
                         wants="a flash-attn built for it, or engine: reference",
@@ -88,15 +97,18 @@ def _error(
     softcap: float | None,
     scalar: float | None,
     tokens: int | None,
+    shared: bool,
 ) -> float:
-    """Relative error of a step.
+    """Relative error of a step; behind shared pages that of the worst row, since a row alone is far larger.
 
     Args:
         tokens: of a prefill step for which its tiles are chosen; None: a decode step.
+        shared: all rows but the last begin with the same pages, which are read once.
     """
     decode = tokens is None
     pages_row = -(-max(LENGTHS) // like.page_tokens)
-    pages = 1 + pages_row * len(LENGTHS)
+    pages = 1 + pages_row * len(LENGTHS) + SHARED_PAGES
+    run = list(range(pages - SHARED_PAGES, pages)) if shared else []
     kv_dtype = like.kv_dtype if like.quantised else "auto"
     kv = KVCache([(heads, head_dim)], pages, like.page_tokens, like.dtype, like.device, kv_dtype)
     noise = torch.Generator(like.device).manual_seed(0)
@@ -116,12 +128,20 @@ def _error(
     def sums(values: Sequence[int]) -> Tensor:
         return ints([0, *accumulate(values)])
 
-    rows = [Row(sum(new[:at]), length - new[at], new[at], tables[at]) for at, length in enumerate(LENGTHS)]
+    runs = [run] * (len(LENGTHS) - 1) + [[]]
+    rows = [
+        Row(sum(new[:at]), len(runs[at]) * like.page_tokens + length - new[at], new[at], runs[at] + tables[at])
+        for at, length in enumerate(LENGTHS)
+    ]
     queries = queries_a_tile(q_heads, heads, head_dim, tokens or 1, 1) if kernel == "triton" else 1
     parts = (
         [-(-length // like.page_tokens) for length in LENGTHS] if decode else [-(-count // queries) for count in new]
     )
-    at = [row.pages[0] * like.page_tokens + row.start + token for row in rows for token in range(row.tokens)]
+    at = [
+        row.pages[position // like.page_tokens] * like.page_tokens + position % like.page_tokens
+        for row in rows
+        for position in range(row.start, row.start + row.tokens)
+    ]
     slots_T = torch.tensor(at, device=like.device)
     row_I = ints([*chain.from_iterable(repeat(row, count) for row, count in enumerate(parts))])
     plan = Plan(
@@ -133,17 +153,27 @@ def _error(
         lens_R=ints(LENGTHS),
         table_RP=ints(tables),
         max_q=max(new),
-        max_k=max(LENGTHS),
+        max_k=max(row.start + row.tokens for row in rows),
         decode=decode,
         rows=rows,
         units=Units(row_I, sums(parts), queries, ints([1])),
         pages_N=torch.arange(pages, device=like.device),
     )
-    q_THD = draw(sum(new), q_heads, head_dim) * 16  # scores large enough that a soft cap shows
+    if shared and plan.units is not None:
+        from actors.engine.kernels.decode import Runs  # torch does not bring Triton everywhere
+
+        none = [0] * (RUNS - 1)
+        of_runs = ints([run] + [[0] * SHARED_PAGES] * (RUNS - 1))
+        plan.units.runs = Runs(sums([len(LENGTHS) - 1, *none]), sums([SHARED_PAGES * like.page_tokens, *none]), of_runs)
+    # Scores large enough that a soft cap shows; behind shared pages small ones, so that no key outweighs all the others
+    # and a wrong weight of a partial sum shows.
+    q_THD = draw(sum(new), q_heads, head_dim) * (1 if shared else 16)
     scale = (scalar or head_dim) ** -0.5
     k_new_TKD, v_new_TKD = (draw(len(slots_T), heads, head_dim) for _ in range(2))  # other ones than stand there
     got, wanted = (
         attend(replace(plan, kernel=one), q_THD, k_new_TKD, v_new_TKD, 0, scale, window, softcap).float()
         for one in (kernel, "reference")
     )
+    if shared:
+        return float(((got - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)).max())
     return float((got - wanted).norm() / wanted.norm())

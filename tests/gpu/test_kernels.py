@@ -4,7 +4,6 @@ Half precision is checked by logit error, relative to the spread of the logits: 
 runs round the same linear layers, so what differs is attention and the order of its sums.
 """
 
-import importlib.util
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -66,20 +65,10 @@ CONFIGS = {
 }
 # Largest logit error over the standard deviation of the logits.
 BOUND = {torch.bfloat16: 0.15, torch.float16: 0.03}
+# The same of quantised KV: a number that a rounding error in bf16 moves over a border moves by a whole step.
+EIGHT_BIT_BOUND = {"int8": 0.25, "fp8": 0.5}
 GREEDY = Sampling()
 PAGES = {"a": [5, 2, 9, 1], "b": [4, 11, 3, 6], "c": [7, 8, 10, 12], "d": [13, 14, 15]}
-
-
-def half_kernels():
-    kernels = ["triton"] if importlib.util.find_spec("triton") else []
-    try:
-        attention._flash_attn()
-        kernels.append("flash_attn")
-    except ImportError:
-        pass
-    if attention._has_paged_varlen():
-        kernels.append("torch_varlen")
-    return kernels
 
 
 def tiny(name, dtype=torch.float32):
@@ -149,7 +138,7 @@ def test_the_reference_on_cuda_equals_the_plain_model(name):
 @pytest.mark.parametrize("kernel", ["triton", "flash_attn", "torch_varlen"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_half_precision_kernels_agree_with_the_reference(name, kernel, dtype):
-    if kernel not in half_kernels():
+    if kernel not in attention.installed():
         pytest.skip(f"{kernel} is not installed")
     if kernel == "torch_varlen" and name == "gemma2":
         pytest.skip("refused: soft cap")
@@ -162,9 +151,60 @@ def test_half_precision_kernels_agree_with_the_reference(name, kernel, dtype):
     assert worst < BOUND[dtype], error.tolist()
 
 
+@pytest.fixture
+def on_cuda():
+    """Tensors are made on the GPU unless somebody says where."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        yield
+
+
+@pytest.mark.usefixtures("on_cuda")
+@pytest.mark.parametrize("stored", [None, torch.int8, torch.float8_e4m3fn], ids=["plain", "int8", "fp8"])
+@pytest.mark.parametrize(
+    ("group", "dim", "dtype"),
+    [
+        (1, 64, torch.bfloat16),
+        (3, 256, torch.bfloat16),
+        (4, 128, torch.float16),
+        (4, 128, torch.bfloat16),
+        (8, 128, torch.bfloat16),
+    ],
+)
+def test_triton_computes_attention(group, dim, stored, dtype):
+    """By query heads of a KV head, behind shared pages and without, as tests/interpreted.py has it on a CPU."""
+    pytest.importorskip("triton")
+    if stored == torch.float8_e4m3fn and torch.cuda.get_device_capability() < attention._FP8_CAPABILITY:
+        pytest.skip("Triton has no fp8 here")
+    from tests import interpreted
+
+    case = interpreted.Case(dtype, stored=stored, group=group, dim=dim)
+    for changes in ({"shared": True, "chunk": 2}, {"shared": True, "softcap": 5.0}, {"window": 50}):
+        interpreted.decodes(replace(case, **changes))
+    for changes in ({}, {"window": 40, "softcap": 5.0}):
+        interpreted.prefills(replace(case, **changes))
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("kernel", attention.HALF)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_quantised_kv_agrees_with_the_reference(name, kernel, kv_dtype):
+    if kernel not in attention.installed():
+        pytest.skip(f"{kernel} is not installed")
+    if kernel == "torch_varlen" and name == "gemma2":
+        pytest.skip("refused: soft cap")
+    model = tiny(name, torch.bfloat16)
+    expected = replay(runner_of(model, "reference", kv_dtype=kv_dtype), [20, 30, 40])
+    runner = runner_of(model, kernel, kv_dtype=kv_dtype, graphs=True)
+    runner.capture()
+    assert bool(runner.captured) == (kernel == "triton")
+    error = (replay(runner, [20, 30, 40]) - expected).abs().amax(-1) / expected.std(-1)
+    assert error.max() < EIGHT_BIT_BOUND[kv_dtype], error.tolist()
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_graphs_equal_uncaptured_steps(name):
-    kernels = half_kernels()
+    kernels = attention.installed()
     if not kernels or (name == "gemma2" and kernels[0] == "torch_varlen"):
         pytest.skip("no half-precision kernel")
     model = tiny(name, torch.bfloat16)
@@ -190,7 +230,7 @@ def test_graphs_equal_uncaptured_steps(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_compiled_layers_agree_with_uncompiled_ones(name):
-    kernels = half_kernels()
+    kernels = attention.installed()
     if not kernels or (name == "gemma2" and kernels[0] == "torch_varlen"):
         pytest.skip("no half-precision kernel")
     torch._dynamo.reset()
@@ -211,7 +251,7 @@ def test_compiled_layers_agree_with_uncompiled_ones(name):
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fused_layers_agree_with_the_models_own(name, kv_dtype):
-    if "triton" not in half_kernels():
+    if "triton" not in attention.installed():
         pytest.skip("no Triton")
     torch._dynamo.reset()
     expected = replay(runner_of(tiny(name, torch.bfloat16), "triton", kv_dtype=kv_dtype), [20, 30, 40, 50])
@@ -245,7 +285,7 @@ def forked(runner):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
 def test_pages_that_rows_share_are_read_once(name, compiled):
-    if "triton" not in half_kernels():
+    if "triton" not in attention.installed():
         pytest.skip("triton is not installed")
     torch._dynamo.reset()
     model = tiny(name, torch.bfloat16)
@@ -267,9 +307,42 @@ def test_pages_that_rows_share_are_read_once(name, compiled):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("kernel", attention.HALF)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_guesses_are_the_steps_that_they_stand_for(name, kernel, graphs):
+    """Five rows with two guesses each in one step, among them rows that share pages, against three steps."""
+    if kernel not in attention.installed():
+        pytest.skip(f"{kernel} is not installed")
+    if kernel == "torch_varlen" and name == "gemma2":
+        pytest.skip("refused: soft cap")
+    model = tiny(name, torch.bfloat16)
+    plain = runner_of(model, "reference", pages=24, max_batch=16)
+    runner = runner_of(model, kernel, pages=24, max_batch=16, graphs=graphs)
+    runner.capture()
+    expected = []
+    for rows in guessed(forked(plain)):
+        plain.step(rows)
+        expected.append(plain.logits)
+    together = [row for of_row in zip(*guessed(forked(runner)), strict=True) for row in of_row]
+    runner.step(together)
+    expected = torch.stack(expected, 1).flatten(0, 1)
+    error = (runner.logits - expected).abs().amax(-1) / expected.std(-1)
+    assert error.max() < BOUND[torch.bfloat16], error.tolist()
+
+
+def guessed(rows):
+    """The next step of five of the rows, and the two after it, by tokens that are given."""
+    chosen = [*rows[:3], rows[6], rows[9]]
+    return [
+        [replace(row, token_ids=[token or row.token_ids[0]], start=row.start + at) for row in chosen]
+        for at, token in enumerate((None, 20, 30))
+    ]
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9, 0.95, 40, 7)], ids=["greedy", "sampled"])
 def test_steps_launched_ahead_are_those_that_follow_one_another(sampling):
-    kernels = half_kernels()
+    kernels = attention.installed()
     if not kernels:
         pytest.skip("no half-precision kernel")
     model = tiny("llama", torch.bfloat16)
@@ -296,7 +369,7 @@ def test_steps_launched_ahead_are_those_that_follow_one_another(sampling):
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9, 0.95, 40, 7)], ids=["greedy", "sampled"])
 def test_prefill_and_decode_launched_in_turn_are_those_that_follow_one_another(sampling):
     """A prompt is computed in two chunks between decode steps, and decoded with the others behind its last."""
-    kernels = half_kernels()
+    kernels = attention.installed()
     if not kernels:
         pytest.skip("no half-precision kernel")
     runner = runner_of(tiny("llama", torch.bfloat16), kernels[0], pages=24, max_batch=16, graphs=True)
@@ -330,7 +403,7 @@ def test_prefill_and_decode_launched_in_turn_are_those_that_follow_one_another(s
 
 
 def test_graphs_are_dropped_by_resize_and_captured_again():
-    kernels = half_kernels()
+    kernels = attention.installed()
     if not kernels:
         pytest.skip("no half-precision kernel")
     runner = runner_of(tiny("llama", torch.bfloat16), kernels[0], graphs=True)
@@ -344,7 +417,7 @@ def test_graphs_are_dropped_by_resize_and_captured_again():
 
 
 def test_a_failed_capture_leaves_decode_uncaptured(monkeypatch, caplog):
-    kernels = half_kernels()
+    kernels = attention.installed()
     if not kernels:
         pytest.skip("no half-precision kernel")
     runner = runner_of(tiny("llama", torch.bfloat16), kernels[0], graphs=True)
@@ -361,7 +434,7 @@ def test_a_failed_capture_leaves_decode_uncaptured(monkeypatch, caplog):
 
 
 def test_sampling_in_a_graph_step_equals_the_uncaptured_one():
-    kernels = half_kernels()
+    kernels = attention.installed()
     if not kernels:
         pytest.skip("no half-precision kernel")
     model = tiny("llama", torch.bfloat16)
@@ -425,7 +498,7 @@ def test_invariant_steps_hold_bits_on_cuda(name):
 
 
 def test_profile_measures_a_steps_workspace():
-    kernels = half_kernels()
+    kernels = attention.installed()
     kernel, dtype = (kernels[0], torch.bfloat16) if kernels else ("reference", torch.float32)
     model = tiny("llama", dtype)
     kv = KVCache(kv_shapes(model.config), 1, PAGE, dtype, "cuda")

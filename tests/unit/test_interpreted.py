@@ -21,3 +21,4 @@ def test_the_triton_kernels_compute_attention():
     assert done.stdout.count("decode") == 4
     assert done.stdout.count("prefill") == 3
     assert done.stdout.count("fused ") == done.stdout.count("compiled ") == 2
+    assert done.stdout.endswith("checked itself\na wrong merge is caught\n")

@@ -151,6 +151,15 @@ def test_a_pool_in_8_bits_holds_so_many_more_tokens(config, dtype, least):
     assert held[1] / held[0] == pytest.approx(least, rel=0.02)
 
 
+def test_a_kernel_that_copies_quantised_kv_leaves_room_for_it_and_has_no_graphs():
+    sizes = SIZES | {"max_model_len": 40_960, "kv_dtype": "fp8", "device_bytes": 80 << 30}
+    triton, flash = (memory.predict(model_config("8b"), **sizes, kernel=one) for one in ("triton", "flash_attn"))
+    assert flash.graph_bytes == 0 < triton.graph_bytes
+    page, copy = memory.kv_token_bytes(model_config("8b"), BF16, "fp8"), 8 * (128 * (2 * 2 + 1) + 4)
+    room = triton.pool_bytes + triton.graph_bytes
+    assert flash.pool_bytes == pytest.approx(room * page / (page + copy), abs=2 * 256 * page)
+
+
 def test_a_sliding_window_saves_no_page():
     sliding = CONFIGS["gemma3"]()
     assert "sliding_attention" in sliding.layer_types

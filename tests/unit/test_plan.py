@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from actors.engine import memory
+from actors.engine import attention, memory
 from bench import react_replay
 from bench.common import model_config
 from pipeline import hardware, plan
@@ -225,8 +225,31 @@ def test_local_gpus_take_their_rates_from_the_table(monkeypatch):
     assert [gpu.memory_bytes_s for gpu in found] == [3.35e12, 2.039e12, None]
 
 
+def test_fp8_is_planned_with_the_kernel_that_does_it(folders, monkeypatch):
+    """Before compute capability 8.9 Triton has none: others copy what they read, and decode without graphs."""
+    sets = [f"model.id={folders / '8b'}", "memory.kv_dtype=fp8"]
+    found = plan.make_plan(load_run(QUICKSTART, sets), hardware.GPUS)
+    kernels = {option.gpu.name: option.kernels[0] for option in found.options}
+    assert kernels == {gpu.name: "triton" if gpu.capability >= (8, 9) else "flash_attn" for gpu in hardware.GPUS}
+    [note] = [note for note in found.notes if "Triton" in note]
+    assert note.startswith("A10G 24 GB, A100 40 GB, A100 80 GB: ")
+    assert "flash_attn or torch_varlen" in note
+    for option in found.options:
+        assert (option.memory.graph_bytes == 0) == (option.kernels[0] != "triton")
+    ampere = hardware.Gpu("here: NVIDIA A100", 79 << 30, 312e12, 2.039e12, (8, 0), count=1)
+    monkeypatch.setattr(attention, "installed", lambda: ["triton"])
+    here = plan.make_plan(load_run(QUICKSTART, sets), [ampere])
+    assert [option.rung for option in here.options] == [None]
+    assert any(note.startswith("here: NVIDIA A100: no attention kernel that is installed") for note in here.notes)
+    monkeypatch.setattr(attention, "installed", lambda: ["triton", "torch_varlen"])
+    assert plan.make_plan(load_run(QUICKSTART, sets), [ampere]).options[0].kernels == ("torch_varlen",)
+    int8 = plan.make_plan(load_run(QUICKSTART, [sets[0], "memory.kv_dtype=int8"]), hardware.GPUS)
+    assert {option.kernels[0] for option in int8.options} == {"triton"}
+    assert not any("Triton" in note for note in int8.notes)
+
+
 def test_a_local_gpu_is_not_sharded_beyond_what_is_there(folders):
-    here = hardware.Gpu("here: NVIDIA H100", 79 << 30, 989e12, 3.35e12, True, count=1)
+    here = hardware.Gpu("here: NVIDIA H100", 79 << 30, 989e12, 3.35e12, (9, 0), count=1)
     config = load_run(QUICKSTART, [f"model.id={folders / '70b'}"])
     assert plan.make_plan(config, [here]).options[0].rung is None
 

@@ -1,6 +1,5 @@
 """The start of a run's pools: each way from the flow chart of docs/memory.md, without Serve."""
 
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +7,8 @@ import pytest
 from actors.engine.protocol import Capacity
 from actors.errors import Incomplete, OutOfMemory
 from pipeline.config import RunConfig
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Ray's own
-    from pipeline import pools
+from tests import starts
+from tests.starts import pools
 
 SINGLE_AND_PAIR = {"single": {}, "pair": {"tensor_parallel_size": 2}}
 ANY, HALF = ("float32", "bfloat16"), ("bfloat16",)
@@ -19,22 +16,16 @@ ANY, HALF = ("float32", "bfloat16"), ("bfloat16",)
 
 def deployed(monkeypatch, fits, **changes):
     """What `deploy` gives and says, and what it tried, where replicas of the ranks in `fits` start in those dtypes."""
-    tried, said = [], []
     roomy = SimpleNamespace(dtype="float32"), Capacity(8192, 8, 10, 100, 100, 0, 256)
-    answer = SimpleNamespace(result=lambda: roomy)
 
-    def start(config, found, spec, app, ledger):
-        tried.append((found[0].name, spec.dtype))
-        if spec.dtype not in fits.get(found[0].tp, ()):
-            raise OutOfMemory(f"the weights do not fit {found[0].tp} GPUs", "load", 9 << 30, found[0].tp << 30)
-        return SimpleNamespace(describe=SimpleNamespace(remote=lambda: answer))
+    def describe(pool, spec):
+        if spec.dtype not in fits.get(pool.tp, ()):
+            raise OutOfMemory(f"the weights do not fit {pool.tp} GPUs", "load", 9 << 30, pool.tp << 30)
+        return roomy
 
-    monkeypatch.setattr(pools, "_start", start)
-    monkeypatch.setattr(pools.ray, "cluster_resources", lambda: {"GPU": 2})
-    monkeypatch.setattr(pools.serve, "start", lambda **options: None)
     fields = {"suite": "s", "out": "o", "model": {"id": "m", "dtype": "float32"}, "pools": SINGLE_AND_PAIR} | changes
-    config = RunConfig.model_validate(fields)
-    return pools.deploy(config, "app", "ledger", said.append), tried, said
+    served, tried, said = starts.deployed(monkeypatch, RunConfig.model_validate(fields), describe)
+    return served, [(pool.name, spec.dtype) for pool, spec in tried], said
 
 
 @pytest.mark.parametrize(
@@ -69,7 +60,6 @@ def test_a_model_that_does_not_fit_climbs_the_fallback(fallback, fits, tried, ru
     served, found, said = deployed(monkeypatch, fits, fallback=fallback)
     assert found == tried
     assert (served.rung, [pool.name for pool in served.pools]) == (rung, names)
-    assert len(said) == len(tried) - 1
     assert all(f"next: {name}, " in line for name, line in zip([rung], said[-1:], strict=False))
 
 

@@ -1,5 +1,6 @@
 import pytest
 
+from actors.engine import attention, memory
 from actors.errors import InputError
 from pipeline.config import load_run
 from pipeline.preflight import prepare
@@ -46,6 +47,31 @@ def test_eight_bits_are_let_in(smollm2):
     sets = ["memory.kv_dtype=fp8", "model.quantization=int8", "fallback=[kv_int8, weights_int8]"]
     for engine in ("paged", "reference"):
         prepare(load_run(ROOT / "configs" / "quickstart.yaml", [*sets[engine == "reference" :], f"engine={engine}"]))
+
+
+@pytest.mark.parametrize(
+    ("sets", "refused"),
+    [
+        (["memory.kv_dtype=fp8"], "memory.kv_dtype"),
+        (["fallback=[smaller_batch, kv_fp8]"], "fallback"),
+        (["memory.kv_dtype=int8"], None),
+        (["memory.kv_dtype=fp8", "model.dtype=float32"], None),
+        (["memory.kv_dtype=fp8", "ray.address=auto"], None),
+    ],
+)
+def test_fp8_is_refused_where_this_machines_gpu_cannot_read_it(smollm2, monkeypatch, sets, refused):
+    config = load_run(ROOT / "configs" / "quickstart.yaml", sets)
+    monkeypatch.setattr(attention, "installed", lambda: ["triton"])
+    monkeypatch.setattr(memory, "local_devices", lambda: [memory.Device("NVIDIA L4", 22 << 30, (8, 9))])
+    prepare(config)
+    monkeypatch.setattr(memory, "local_devices", lambda: [memory.Device("NVIDIA A10G", 22 << 30, (8, 6))])
+    if refused is None:
+        prepare(config)
+        return
+    with pytest.raises(InputError, match=rf"{refused}: no attention .* on NVIDIA A10G .*wants int8, .*flash_attn or"):
+        prepare(config)
+    monkeypatch.setattr(attention, "installed", lambda: ["triton", "flash_attn"])
+    prepare(config)
 
 
 def test_two_pools_of_different_size_are_let_in(smollm2):

@@ -306,6 +306,54 @@ def test_many_scorers_make_no_name_that_is_too_long(tmp_path: Path):
     assert Path(rescore(out, [f"long:{name}" for name in names])["path"]).exists()
 
 
+def test_rows_are_scored_some_files_at_a_time_each_with_its_own_task(tmp_path: Path, monkeypatch):
+    """The manifest has its rows in another order than results/, and in other files."""
+    run = mixed(23)
+    out = rescorable(tmp_path, run)
+    (tmp_path / "suite" / "own.py").write_text(
+        "def own(trajectory, gold):\n"
+        "    task = trajectory.task\n"
+        "    return {'own': float(task.row['id']) if task.question.split()[1] == task.task_id[1:] else -1.0}\n"
+    )
+    whole = rescore(str(out), ["own:own", "exact_match"])
+    [path] = (out / "rescored").iterdir()
+    expected = pq.read_table(path)
+    for name, rows in (("results", range(23)), ("tasks", range(22, -1, -1))):
+        table = pq.read_table(out / name)
+        for part in range(0, 23, 4):
+            pq.write_table(table.take(list(rows[part : part + 4])), out / name / f"{part:02d}.parquet")
+        (out / name / "0.parquet").unlink()
+    path.unlink()
+    monkeypatch.setattr(tables, "FILES_AT_ONCE", 2)
+    assert rescore(str(out), ["own:own", "exact_match"]) == whole
+    assert pq.read_table(path).equals(expected)
+    ok = {t.task.row_id: float(t.task.row["id"]) for t in run if t.error_type is None and t.answer is not None}
+    scores = dict(zip(expected["row_id"].to_pylist(), expected["score"].to_pylist(), strict=True))
+    assert {row_id: scores[row_id] for row_id in ok} == ok
+
+
+def test_scoring_that_is_cut_short_leaves_no_table(tmp_path: Path, monkeypatch):
+    out = str(rescorable(tmp_path, mixed(6)))
+    table = pq.read_table(tmp_path / "results" / "0.parquet")
+    (tmp_path / "results" / "0.parquet").unlink()
+    for part in range(3):
+        pq.write_table(table.slice(2 * part, 2), tmp_path / "results" / f"{part}.parquet")
+    monkeypatch.setattr(tables, "FILES_AT_ONCE", 1)
+    scored = []
+
+    def stopped(row, task):
+        scored.append(row)
+        if len(scored) == 5:
+            raise KeyboardInterrupt
+        return tables.trajectory_from_row(row, task)
+
+    monkeypatch.setattr("pipeline.rescore.trajectory_from_row", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        rescore(out, ["f1"])
+    assert not (tmp_path / "rescored").exists()
+    assert rescore(out, ["f1"])["rows"]["finished"] == 6
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1 and no more", b"x" * 100])
 def test_a_damaged_table_is_named(tmp_path: Path, content: bytes):
     out = rescorable(tmp_path, mixed(3))

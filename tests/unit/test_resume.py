@@ -111,7 +111,9 @@ def test_failed_rows_by_type(tmp_path):
     assert failed_rows(str(tmp_path), ("infra", "model")) == ["b/0"]
 
 
-def test_reopened_rows_leave_the_table_and_the_journal(tmp_path):
+@pytest.mark.parametrize("at_once", [1, 4096])
+def test_reopened_rows_leave_the_table_and_the_journal(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr("pipeline.resume.REOPENED_AT_ONCE", at_once)
     out = str(tmp_path)
     part(tmp_path, "p", ("a/0", "ok", None), ("b/0", "failed", "infra"))
     part(tmp_path, "q", ("c/0", "failed", "tool"))

@@ -1,7 +1,6 @@
 """What a run's start does where the model, or its longest row, does not fit: the whole run on one rung, and said."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +8,7 @@ from actors.engine.protocol import NO_PAGE, Capacity
 from actors.errors import Incomplete, OutOfMemory
 from actors.messages import Numerics
 from pipeline.config import load_run
+from tests import starts
 from tests.unit.test_config import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*extra keyword arguments:DeprecationWarning")
@@ -23,35 +23,23 @@ def started(monkeypatch, sets, weights, kv_tokens, longest=4000):
     Returns:
         what is served; the specs that were started; what was said.
     """
-    from pipeline import pools
 
-    tried, said, deleted = [], [], []
-
-    def start(config, sized, spec, app, ledger):
-        tp = sized[0].tp
-        tried.append((tp, spec.dtype, spec.kv_dtype, spec.quantization))
-        dtype = spec.dtype
-        size = 0.5 if dtype == "bfloat16" else 1.0
-        left = 100 - weights * (0.25 if spec.quantization else size) / tp
+    def describe(pool, spec):
+        size = 0.5 if spec.dtype == "bfloat16" else 1.0
+        left = 100 - weights * (0.25 if spec.quantization else size) / pool.tp
         if left <= 0:
             raise OutOfMemory("the weights do not fit", "load")
-        pages = int(kv_tokens * left / 100 / (0.25 if spec.kv_dtype != "auto" else size) * tp) // 256
+        pages = int(kv_tokens * left / 100 / (0.25 if spec.kv_dtype != "auto" else size) * pool.tp) // 256
         if pages < 1:
             raise OutOfMemory(f"{NO_PAGE}: nothing left", "never_fits")
-        kv_dtype = dtype if spec.kv_dtype == "auto" else spec.kv_dtype
-        numerics = Numerics("paged", "sdpa", dtype, kv_dtype, spec.quantization or dtype, tp, "commit", False)
-        found = numerics, Capacity(8192, 8, 10, pages, pages, 0, 256)
-        answer = SimpleNamespace(result=lambda: found)
-        return SimpleNamespace(describe=SimpleNamespace(remote=lambda: answer))
+        kv_dtype = spec.dtype if spec.kv_dtype == "auto" else spec.kv_dtype
+        weights_dtype = spec.quantization or spec.dtype
+        numerics = Numerics("paged", "sdpa", spec.dtype, kv_dtype, weights_dtype, pool.tp, "commit", False)
+        return numerics, Capacity(8192, 8, 10, pages, pages, 0, 256)
 
-    monkeypatch.setattr(pools, "_start", start)
-    monkeypatch.setattr(pools.ray, "cluster_resources", lambda: {"GPU": 2})
-    monkeypatch.setattr(pools.serve, "start", lambda **_: None)
-    monkeypatch.setattr(pools.serve, "delete", deleted.append)
     config = load_run(ROOT / "configs" / "quickstart.yaml", ["model.dtype=float32", *sets])
-    served = pools.deploy(config, "app", "ledger", said.append, lambda: longest)
-    assert len(said) == len(tried) - 1
-    return served, tried, said
+    served, tried, said = starts.deployed(monkeypatch, config, describe, longest)
+    return served, [(pool.tp, spec.dtype, spec.kv_dtype, spec.quantization) for pool, spec in tried], said
 
 
 def test_what_fits_is_left_as_it_is(monkeypatch):

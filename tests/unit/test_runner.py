@@ -518,6 +518,60 @@ def test_half_precision_without_a_kernel_names_the_install_command(monkeypatch):
         attention.kernels_for("cuda", torch.float16)
 
 
+def test_on_which_gpu_which_kernel_does_a_model():
+    def on(capability, kv_dtype="auto", dtype=torch.bfloat16, **changes):
+        return attention.kernels_on(capability, dtype, kv_dtype, LlamaConfig(**SHAPE | {"head_dim": 64} | changes))
+
+    every = ["triton", "flash_attn", "torch_varlen"]
+    assert on((8, 0)) == on((8, 6), "int8") == on((8, 9), "fp8") == on((9, 0), "fp8") == every
+    assert on((8, 0), "fp8") == on((8, 6), "fp8") == on((9, 0), head_dim=96) == every[1:]
+    assert on((9, 0), head_dim=320) == []
+    assert on((8, 0), "fp8", torch.float32) == ["sdpa"]
+    gemma2 = CONFIGS["gemma2"]()
+    assert attention.kernels_on((9, 0), torch.bfloat16, "auto", gemma2) == every[:2]
+    assert attention.kernels_on((9, 0), torch.float32, "auto", gemma2) == ["reference"]
+    assert attention.kernels_on((9, 0), torch.float32, "auto", LlamaConfig(**SHAPE), invariant=True) == ["reference"]
+
+
+@pytest.mark.parametrize("kernel", attention.HALF)
+def test_fp8_is_refused_by_name_where_triton_has_none(monkeypatch, kernel):
+    config = LlamaConfig(**HEADS)
+    kv = KVCache(kv_shapes(config), 2, 256, torch.bfloat16, "cpu", "fp8")
+    kv.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+    attention.check_kernel(kernel, kv, config)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    if kernel != "triton":
+        attention.check_kernel(kernel, kv, config)
+        return
+    with pytest.raises(UnsupportedModel, match=r"kv_dtype: Triton has no fp8.*got .fp8 on compute capability 8\.0"):
+        attention.check_kernel(kernel, kv, config)
+
+
+def test_triton_compiles_fp8_from_the_capability_that_is_said():
+    """Compiled for GPUs that are not here: nothing is run."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from actors.engine.kernels.write import _attention_write
+
+    pointers = {"k_new": "*bf16", "v_new": "*bf16", "k_cache": "*fp8e4nv", "v_cache": "*fp8e4nv"}
+    pointers |= {"k_scales": "*fp32", "v_scales": "*fp32", "slots": "*i64"}
+    constants = {"K": 2, "KP": 2, "D": 16, "DP": 16, "MOST": 448}
+    types = {
+        name: pointers.get(name) or ("constexpr" if name in constants else "i32") for name in _attention_write.arg_names
+    }
+    for capability in ((8, 0), (8, 6), (8, 9), (9, 0)):
+        source = ASTSource(_attention_write, types, constants)
+        target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+        if capability >= attention._FP8_CAPABILITY:
+            triton.compile(source, target=target)
+        else:
+            with pytest.raises(Exception, match="not supported in this architecture"):
+                triton.compile(source, target=target)
+
+
 def test_bf16_reference_runs():
     model = tiny("llama").to(torch.bfloat16)
     logits = plain_logits(model, prompt(1))[-1].float()

@@ -106,18 +106,13 @@ def _attention_prefill(
     if WINDOWED:
         low = tl.maximum(start + at_query - window + 1, 0) // BLOCK * BLOCK
         whole = low
-    for at in tl.range(low, whole, BLOCK):
-        slot = tl.load(table + row * width + at // S) * S + at % S
-        total, weight, top = _block(
-            tile, position, total, weight, top, k, v, k_scale, v_scale, slot, at, head, end, scale, softcap, window,
-            K, D, BLOCK, False, CAPPED, WINDOWED, QUANTIZED,
-        )  # fmt: skip
-    for at in tl.range(whole, end, BLOCK):
-        slot = tl.load(table + row * width + at // S) * S + at % S
-        total, weight, top = _block(
-            tile, position, total, weight, top, k, v, k_scale, v_scale, slot, at, head, end, scale, softcap, window,
-            K, D, BLOCK, True, CAPPED, WINDOWED, QUANTIZED,
-        )  # fmt: skip
+    for masked in tl.static_range(2):
+        for at in tl.range(whole if masked else low, end if masked else whole, BLOCK):
+            slot = tl.load(table + row * width + at // S) * S + at % S
+            total, weight, top = _block(
+                tile, position, total, weight, top, k, v, k_scale, v_scale, slot, at, head, end, scale, softcap, window,
+                K, D, BLOCK, masked == 1, CAPPED, WINDOWED, QUANTIZED,
+            )  # fmt: skip
     y = total / tl.where(weight > 0, weight, 1.0)[:, None]
     where = (token * H + heads)[:, None] * D + d[None, :]
     tl.store(out + where, y.to(out.dtype.element_ty), mask=mask[:, None])
