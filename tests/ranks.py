@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.engine.assemble import over_model
 from actors.engine.gang import Gang
+from actors.engine.recorder import OomRecorder
 from actors.engine.shard import split
 from tests.unit.test_runner import CONFIGS
 
@@ -62,8 +63,9 @@ def engine(
     changes=None,
     on="cpu float32",
     quantization=None,
+    record=None,
 ):
-    """Rank 0's engine; other ranks serve, then raise SystemExit."""
+    """Rank 0's engine; other ranks serve, then raise SystemExit. `record`: a folder for traces of what runs out."""
     place, _, dtype = on.partition(" ")
     device = torch.device(place)
     gang = Gang(rank, size, device, port, deadline_s=deadline_s)
@@ -71,7 +73,8 @@ def engine(
     split(model, rank, size, device, quantization)
     if fail_at is not None:
         fail_once(model, fail_at, {"MemoryError": MemoryError, "RuntimeError": RuntimeError}[error]("injected"))
-    return over_model(model, gang=gang, **options)
+    recorder = None if record is None else OomRecorder("trace", record, device, rank)
+    return over_model(model, gang=gang, recorder=recorder, **options)
 
 
 class Seat:

@@ -143,7 +143,7 @@ class KVCache:
                     cache.append(torch.zeros((*shape, head_dim), dtype=self.stored, device=self.device))
                     scale = torch.zeros(shape, dtype=SCALE_DTYPE, device=self.device) if self.quantised else None
                     scales.append(scale)
-        except torch.OutOfMemoryError:
+        except Exception:  # of which an allocation knows several
             self._clear()
             raise
         self.pages = pages
