@@ -224,13 +224,15 @@ def over_model(
     prefill = max_prefill_tokens or MAX_PREFILL_TOKENS[device.type]
     guesses = speculation == "on" or (speculation == "auto" and device.type == "cpu")
     kv = KVCache(kv_shapes(model.config, tp), 2, page_tokens, dtype, device, kv_dtype)
+    cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if cuda else 0
     with start.part("check"):
         at = kernels.index(first_right(kernels, kv, model.config))
         chosen = kernels[at if gang is None else -gang.smallest(-at)]  # the same on all ranks
+    kept = torch.cuda.memory_allocated(device) - before if cuda else 0  # cuBLAS takes its workspace in the check
     kind: Any = Runner if gang is None else partial(ShardedRunner, gang=gang)
     runner: Runner = kind(model, kv, chosen, batch, prefill, length, graphs=graphs, invariant=invariant)
-    cuda = device.type == "cuda"
-    before = torch.cuda.memory_allocated(device) if cuda else 0
+    before = torch.cuda.memory_allocated(device) - kept if cuda else 0
     half = chosen in ("triton", "flash_attn", "torch_varlen") and gang is None
     compiled = False
     if compile == "on" and not half:
@@ -285,6 +287,8 @@ def over_model(
         log.warning("the capture ran out of memory%s", recorded)
     if cuda:
         measured["graph_bytes"] = device_used_bytes(device) - used
+        with start.part("settle"):
+            bounds.settle()
     memory = MemoryReport(predicted(), measured, device_used_bytes(device) if cuda else None)
     leader = lead(runner, recorder) if isinstance(runner, ShardedRunner) else None
     name = str(dtype).removeprefix("torch.")
@@ -368,5 +372,6 @@ def _room(
     if cap < 1:  # the rest of the GPU may be others': how much of what is not free is this process's is not told
         room = min(room, int(budget_fraction * cap * total) - own - predicted.context_bytes)
     room -= max(measured["activation_bytes"], measured["logits_bytes"])
+    slack = max(0, predicted.slack_bytes - measured.get("slack_bytes", 0))  # the weights' is in `own`
     # The engine's own thread will want a workspace too.
-    return room - predicted.graph_bytes - predicted.slack_bytes - predicted.workspace_bytes // THREADS
+    return room - predicted.graph_bytes - slack - predicted.workspace_bytes // THREADS

@@ -59,7 +59,7 @@ class Bounds:
         """Run the largest steps; bounds that do not fit are halved.
 
         Args:
-            before: bytes that were allocated before the runner's first step.
+            before: bytes that were allocated before any step.
 
         Raises:
             OutOfMemory: not even a step at the smallest bounds fits.
@@ -74,6 +74,20 @@ class Bounds:
         reserved = torch.cuda.memory_reserved(device)
         self.measured["context_bytes"] = total - free - reserved
         self.measured["slack_bytes"] = reserved - torch.cuda.memory_allocated(device)
+
+    def settle(self) -> None:
+        """Run the largest steps once more, when all else has its memory, so that torch's allocator takes its segments
+        for them: they serve smaller steps too, while segments of smaller steps are too small for larger ones."""
+        try:
+            self._runner.profile()
+        except Exception as e:
+            if not is_out_of_memory(e):
+                raise
+            failure = e.with_traceback(None)
+        else:
+            return
+        torch.cuda.empty_cache()
+        log.warning("the largest steps do not fit behind the KV pool: %s", failure)
 
     def relax(self, pool_bytes: int, page_bytes: int, longest_bytes: int) -> bool:
         """Halve the bound whose steps take most, and measure it again; False where that is not wanted, or not possible.
