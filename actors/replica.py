@@ -12,6 +12,7 @@ import os
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -53,6 +54,8 @@ class Replica:
         model = resolve(spec.model, spec.revision)
         self.tokenizer: Any = load_tokenizer(model.folder, trust_remote_code=spec.trust_remote_code)
         self.stop_token_ids = stop_token_ids(model.folder, trust_remote_code=spec.trust_remote_code)
+        self.id = f"{serve.get_replica_context().replica_id.unique_id}@{os.uname().nodename}"
+        spec = replace(spec, oom_folder=f"{spec.oom_folder}/{self.id}")
         ranks = start_ranks(spec, threads) if spec.tp > 1 else []
         self.engine: Engine = build(spec)
         # What the start made stays as long as the process; looking through it again and again for garbage would hold
@@ -61,7 +64,6 @@ class Replica:
         gc.freeze()
         self.step_limit_s = spec.step_limit_s or STEP_LIMIT_S["gpu" if ray.get_gpu_ids() else "cpu"]
         watch(ranks)
-        self.id = f"{serve.get_replica_context().replica_id.unique_id}@{os.uname().nodename}"
         self.reporter = Reporter(ledger, pool, self.id, self.engine, device_bytes)
         self.reporter.start()
         self.answers = Answers()

@@ -3,10 +3,11 @@ sizes, batches, with and without CUDA graphs.
 
 Each setting runs in a process of its own, since cuBLAS's workspaces and the CUDA context stay for a process's life: an
 engine is built, which profiles its steps, then a full batch of prompts longer than a prefill step goes through it with
-top-p sampling and log-probabilities. `slack` is what the device holds at the end beyond the other components. The goal:
-each component within 10 % or 200 MiB, and all but the KV pool within 5 %. The GPU must be idle otherwise; this process
-takes no context on it. The result is written after each setting. Layers are compiled, as in a run: the first setting of
-a model and dtype takes longest.
+top-p sampling and log-probabilities. `slack` is what torch's allocator then holds outside the graphs' own pool beyond
+what is in use and a step; `context` what the device holds beyond all other components. The goal: each component within
+10 % or 200 MiB, and all but the KV pool within 5 %. The GPU must be idle otherwise; this process takes no context on
+it. The result is written after each setting. Layers are compiled, as in a run: the first setting of a model and dtype
+takes longest.
 
     python -m bench.memory_model --out bench/results/memory_model.json
     python -m bench.memory_model --shapes tiny --device cpu --settings float32:64:4:graphs
@@ -28,7 +29,6 @@ from typing import Any
 import torch
 
 from actors.engine.assemble import over_model
-from actors.engine.memory import device_used_bytes
 from actors.engine.protocol import Memory, Request
 from actors.messages import Sampling
 from bench.common import SHAPES, default_device, device_info, print_table, random_model, runner_of, write_json
@@ -82,9 +82,12 @@ def measure(shape: str, setting: str, device: str, budget_fraction: float, promp
         time.sleep(1)  # the engine's thread lets go of its last step
         # It took a workspace of its own; all else that it allocated is free again.
         measured["workspace_bytes"] = report.measured["workspace_bytes"] + torch.cuda.memory_allocated() - before
-        known = Memory(**{name: size or 0 for name, size in measured.items()} | {"slack_bytes": 0})
-        used = device_used_bytes(torch.device(device))
-        measured["slack_bytes"] = used - known.total_bytes
+        free, total = torch.cuda.mem_get_info()
+        used = total - free
+        step = max(report.measured["activation_bytes"], report.measured["logits_bytes"])
+        measured["slack_bytes"] = unused_default_bytes() - step
+        known = Memory(**{name: size or 0 for name, size in measured.items()} | {"context_bytes": 0})
+        measured["context_bytes"] = used - known.total_bytes
         predicted["all but the pool"] = report.predicted.fixed_bytes
         measured["all but the pool"] = used - report.measured["pool_bytes"]
     captured = len(runner_of(engine).captured)
@@ -96,6 +99,13 @@ def measure(shape: str, setting: str, device: str, budget_fraction: float, promp
         "captured": captured,
         "device": device_info(device),
     }
+
+
+def unused_default_bytes() -> int:
+    """What torch's allocator holds beside tensors, outside the pools of CUDA graphs."""
+    segments = [one for one in torch.cuda.memory_snapshot() if tuple(one["segment_pool_id"]) == (0, 0)]
+    blocks = [block for one in segments for block in one["blocks"] if block["state"] == "active_allocated"]
+    return sum(one["total_size"] for one in segments) - sum(block["requested_size"] for block in blocks)
 
 
 def compare(shape: str, setting: str, found: dict[str, Any]) -> list[dict[str, Any]]:

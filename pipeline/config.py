@@ -114,6 +114,11 @@ class MemoryConfig(Part):
     max_prefill_tokens: PositiveInt | Auto = Field(default="auto", description="tokens a prefill step may take")
     max_batch: PositiveInt | Auto = Field(default="auto", description="rows decoded together")
     kv_dtype: Literal["auto", "int8", "fp8"] = Field(default="auto", description="of KV; auto: the model's dtype")
+    record_oom: Annotated[Literal["off", "snapshot", "trace", "all"], BeforeValidator(_word)] = Field(
+        default="off",
+        description="what a replica writes to the run's folder, oom/, when memory runs out: torch's memory snapshot, a "
+        "profiler trace of the next steps, or both; a few of each",
+    )
 
 
 class ReplicaRange(Part):

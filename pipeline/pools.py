@@ -86,6 +86,8 @@ def engine_spec(config: RunConfig) -> EngineSpec:
         gpu_memory_fraction=memory.gpu_memory_fraction,
         kv_dtype=memory.kv_dtype,
         step_limit_s=config.limits.max_step_s,
+        record_oom=memory.record_oom,
+        oom_folder=f"{config.out}/oom",
     )
 
 

@@ -439,12 +439,14 @@ def _end_with_parent() -> None:
 
 
 def shortages(events: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """A line for each pool whose engines ran out of memory and went on: how often, and what they did about it."""
+    """A line for each pool whose engines ran out of memory and went on: how often, what they did about it, and
+    the folder in the run's own where that is recorded."""
     lines: list[str] = []
     for pool, times in events.items():
         if count := sum(times.get(name, 0) for name in OOM_EVENTS):
             told = ", ".join(f"{name} {times[name]}" for name in (*OOM_EVENTS, *RELIEF_EVENTS) if times.get(name))
-            lines.append(f"{pool}: {count:,} steps ran out of memory: {told}")
+            recorded = "; recorded in oom/" if times.get("oom_recorded") else ""
+            lines.append(f"{pool}: {count:,} steps ran out of memory: {told}{recorded}")
     return lines
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.engine import assemble
 from actors.engine.gang import Gang
+from actors.engine.recorder import OomRecorder
 from actors.engine.shard import ShardedRunner, split
 from tests.unit.test_runner import CONFIGS
 
@@ -97,11 +98,13 @@ def engine(
     on="cpu float32",
     quantization=None,
     backend=None,
+    record=None,
 ):
     """Rank 0's engine; other ranks serve, then raise SystemExit.
 
     Args:
         backend: compiles the layers where the engine would not, see `compiling`.
+        record: a folder for traces of what runs out of memory.
     """
     place, _, dtype = on.partition(" ")
     device = torch.device(place)
@@ -112,8 +115,9 @@ def engine(
     split(model, rank, size, device, quantization)
     if fail_at is not None:
         fail_once(model, fail_at, {"MemoryError": MemoryError, "RuntimeError": RuntimeError}[error]("injected"))
+    recorder = None if record is None else OomRecorder("trace", record, device, rank)
     with compiling(backend) if backend else nullcontext():
-        return assemble.over_model(model, gang=gang, **options)
+        return assemble.over_model(model, gang=gang, recorder=recorder, **options)
 
 
 class Seat:

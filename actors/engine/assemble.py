@@ -26,8 +26,10 @@ from actors.engine.int8 import weights_dtype
 from actors.engine.kv import QUANTISED, KVCache, kv_shapes
 from actors.engine.leader import lead
 from actors.engine.memory import PAGE_TOKENS, THREADS, device_used_bytes, most_pages, predict, weights_bytes
+from actors.engine.oom import device_works, is_out_of_memory
 from actors.engine.paged import PagedEngine
-from actors.engine.protocol import NO_PAGE, EngineSpec, Memory, MemoryReport
+from actors.engine.protocol import NO_PAGE, EngineSpec, Memory, MemoryReport, Recorder
+from actors.engine.recorder import loading, recorder_of
 from actors.engine.runner import Runner
 from actors.engine.selfcheck import first_right
 from actors.engine.shard import ShardedRunner, split
@@ -105,20 +107,19 @@ def build(spec: EngineSpec) -> PagedEngine:
         with start.part("wait"):
             wait_for_memory(lambda: torch.cuda.mem_get_info(device)[0], room)
     gang = Gang.join(spec.tp, device, spec.rank_deadline_s) if spec.tp > 1 else None
-    try:
-        with start.part("load"), nullcontext() if gang is None else gang.agreed(START_S):
-            model = loader.load_model(
-                found.folder,
-                str(loader.resolve_dtype(spec.dtype, device)).removeprefix("torch."),
-                device if gang is None else "cpu",
-                adapter=spec.adapter,
-                quantization=spec.quantization if gang is None else None,
-                trust_remote_code=spec.trust_remote_code,
-            )
-            if gang is not None:
-                split(model, gang.rank, gang.size, device, spec.quantization)
-    except torch.OutOfMemoryError as e:
-        raise OutOfMemory(f"the weights of {spec.model} do not fit this GPU: {e}", "load") from e
+    recorder = recorder_of(spec, device, 0 if gang is None else gang.rank)
+    agreed = nullcontext() if gang is None else gang.agreed(START_S)
+    with start.part("load"), loading(spec.model, recorder), agreed:
+        model = loader.load_model(
+            found.folder,
+            str(loader.resolve_dtype(spec.dtype, device)).removeprefix("torch."),
+            device if gang is None else "cpu",
+            adapter=spec.adapter,
+            quantization=spec.quantization if gang is None else None,
+            trust_remote_code=spec.trust_remote_code,
+        )
+        if gang is not None:
+            split(model, gang.rank, gang.size, device, spec.quantization)
     return over_model(
         model,
         revision=loader.recorded_revision(found.revision, spec.adapter),
@@ -133,6 +134,7 @@ def build(spec: EngineSpec) -> PagedEngine:
         budget_fraction=spec.budget_fraction,
         gpu_memory_fraction=spec.gpu_memory_fraction,
         gang=gang,
+        recorder=recorder,
         start=start,
     )
 
@@ -191,6 +193,7 @@ def over_model(
     budget_fraction: float = 0.9,
     gpu_memory_fraction: float | None = None,
     gang: Gang | None = None,
+    recorder: Recorder | None = None,
     start: Start | None = None,
 ) -> PagedEngine:
     """A paged engine over a loaded model, on the model's device.
@@ -210,6 +213,7 @@ def over_model(
         gpu_memory_fraction: torch's cap, as it was set; the budget is a share of that.
         gang: this rank's seat, the model being its part (see `shard.split`). Ranks other than 0 do not return: they
             serve until rank 0's engine is closed, then raise SystemExit.
+        recorder: is told when memory runs out.
         start: has the seconds of what was done before.
     """
     start = start or Start()
@@ -223,22 +227,24 @@ def over_model(
     prefill = max_prefill_tokens or MAX_PREFILL_TOKENS[device.type]
     guesses = speculation == "on" or (speculation == "auto" and device.type == "cpu")
     kv = KVCache(kv_shapes(model.config, tp), 2, page_tokens, dtype, device, kv_dtype)
+    cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if cuda else 0
     with start.part("check"):
         at = kernels.index(first_right(kernels, kv, model.config))
         chosen = kernels[at if gang is None else -gang.smallest(-at)]  # the same on all ranks
+    kept = torch.cuda.memory_allocated(device) - before if cuda else 0  # cuBLAS takes its workspace in the check
     kind: Any = Runner if gang is None else partial(ShardedRunner, gang=gang)
     runner: Runner = kind(model, kv, chosen, batch, prefill, length, graphs=graphs, invariant=invariant)
-    cuda = device.type == "cuda"
-    before = torch.cuda.memory_allocated(device) if cuda else 0
     with start.part("fuse"):
         joined = fused and gang is None and runner.fuse()
+    before = torch.cuda.memory_allocated(device) - kept if cuda else 0
     if compiles(compile, chosen, model.config, tp):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(loader.cache_folder() / "compiled"))
         with start.part("compile"):
             runner.compile()
     elif compile == "on":
         log.warning("compile: on has no effect on %s in %s over %d ranks: layers run as they are", device, dtype, tp)
-    bounds = Bounds(runner, gang)
+    bounds = Bounds(runner, gang, recorder)
 
     def predicted() -> Memory:
         return predict(
@@ -259,25 +265,36 @@ def over_model(
             kernel=chosen,
         )
 
-    if cuda and pages is None:
-        with start.part("profile"):
-            bounds.measure(before)
-    with start.part("fit"):
-        # A step may read all of the pool, and other kernels copy what they read of quantised KV.
-        page_bytes = kv.bytes_page + (0 if chosen == "triton" else kv.read_bytes_page)
-        cap = gpu_memory_fraction or 1.0
-        count = pages or _fit(kv, page_bytes, predicted, bounds, budget_fraction, cap, length, gang)
+    try:
+        if cuda and pages is None:
+            with start.part("profile"):
+                bounds.measure(before)
+        with start.part("fit"):
+            # A step may read all of the pool, and other kernels copy what they read of quantised KV.
+            page_bytes = kv.bytes_page + (0 if chosen == "triton" else kv.read_bytes_page)
+            cap = gpu_memory_fraction or 1.0
+            count = pages or _fit(kv, page_bytes, predicted, bounds, budget_fraction, cap, length, gang)
+    finally:
+        if recorder is not None:  # the engine's steps are another thread's
+            recorder.close()
     measured = {"weights_bytes": sum(p.nbytes for p in model.parameters()), **bounds.measured}
     with start.part("pool"):
         runner.resize(count)
     measured["pool_bytes"] = count * kv.bytes_page
     used = device_used_bytes(device) if cuda else 0
     with start.part("graphs"):
-        runner.capture()
+        failure = runner.capture()
+    if recorder is not None and failure is not None and is_out_of_memory(failure, partial(device_works, device)):
+        recorded = recorder.failed("capture", traced=False)
+        if recorded:
+            bounds.events["oom_recorded"] += 1
+        log.warning("the capture ran out of memory%s", recorded)
     if cuda:
         measured["graph_bytes"] = device_used_bytes(device) - used
+        with start.part("settle"):
+            bounds.settle()
     memory = MemoryReport(predicted(), measured, device_used_bytes(device) if cuda else None)
-    leader = lead(runner) if isinstance(runner, ShardedRunner) else None
+    leader = lead(runner, recorder) if isinstance(runner, ShardedRunner) else None
     name = str(dtype).removeprefix("torch.")
     computes = "+".join([chosen, *["fused"] * joined, *["compiled"] * runner.compiled])
     log.info("%d KV pages of %d tokens, kernel %s, %s", count, page_tokens, computes, name)
@@ -295,11 +312,11 @@ def over_model(
         kv_bytes_token=kv.bytes_token * tp,
         memory=memory,
         events=bounds.events,
-        oom_errors=(torch.OutOfMemoryError, MemoryError),
         drop_caches=leader.drop_caches if leader else torch.cuda.empty_cache if device.type == "cuda" else lambda: None,
+        recorder=recorder,
         on_close=leader.close if leader else lambda: None,
         squeezed=_squeezed(device) if device.type == "cuda" else lambda: False,
-        works=partial(_works, device),
+        works=partial(device_works, device),
     )
 
 
@@ -314,15 +331,6 @@ def compiles(wanted: str, kernel: str, config: Any, tp: int) -> bool:
     if kernel not in ("triton", "flash_attn", "torch_varlen") or (experts and tp > 1):
         return False
     return wanted == "on" or (wanted == "auto" and not experts)
-
-
-def _works(device: torch.device) -> bool:
-    """Whether the CUDA context has survived an error."""
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return False
-    return True
 
 
 def _squeezed(device: torch.device) -> Callable[[], bool]:
@@ -381,5 +389,6 @@ def _room(
     if cap < 1:  # the rest of the GPU may be others': how much of what is not free is this process's is not told
         room = min(room, int(budget_fraction * cap * total) - own - predicted.context_bytes)
     room -= max(measured["activation_bytes"], measured["logits_bytes"])
+    slack = max(0, predicted.slack_bytes - measured.get("slack_bytes", 0))  # the weights' is in `own`
     # The engine's own thread will want a workspace too.
-    return room - predicted.graph_bytes - predicted.slack_bytes - predicted.workspace_bytes // THREADS
+    return room - predicted.graph_bytes - slack - predicted.workspace_bytes // THREADS

@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 
 from actors.engine.gang import Gang
+from actors.engine.oom import is_out_of_memory
+from actors.engine.protocol import Recorder
 from actors.engine.runner import Runner
 from actors.errors import OutOfMemory
 
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 MIN_PREFILL_TOKENS = 64
 Bound = Literal["max_prefill_tokens", "max_batch"]
 _LEAST: dict[Bound, int] = {"max_prefill_tokens": MIN_PREFILL_TOKENS, "max_batch": 1}
+_STAGES: dict[Bound, str] = {"max_prefill_tokens": "prefill", "max_batch": "decode"}
 _EVENTS: dict[Bound, tuple[str, str]] = {
     "max_prefill_tokens": ("oom_prefill", "prefill_halved"),
     "max_batch": ("oom_decode", "batch_halved"),
@@ -35,14 +38,15 @@ class Bounds:
     Args:
         runner: has one page of KV, and no graphs.
         gang: this rank's seat, where there are several.
+        recorder: is told of each out-of-memory error and each step.
 
     Attributes:
         measured: bytes by field of `Memory`, of the largest steps under these bounds.
         events: what happened, by the engine's names for it.
     """
 
-    def __init__(self, runner: Runner, gang: Gang | None = None):
-        self._runner, self._gang = runner, gang
+    def __init__(self, runner: Runner, gang: Gang | None = None, recorder: Recorder | None = None):
+        self._runner, self._gang, self._recorder = runner, gang, recorder
         self.measured: dict[str, int] = {}
         self.events: Counter[str] = Counter()
 
@@ -55,7 +59,7 @@ class Bounds:
         """Run the largest steps; bounds that do not fit are halved.
 
         Args:
-            before: bytes that were allocated before the runner's first step.
+            before: bytes that were allocated before any step.
 
         Raises:
             OutOfMemory: not even a step at the smallest bounds fits.
@@ -70,6 +74,20 @@ class Bounds:
         reserved = torch.cuda.memory_reserved(device)
         self.measured["context_bytes"] = total - free - reserved
         self.measured["slack_bytes"] = reserved - torch.cuda.memory_allocated(device)
+
+    def settle(self) -> None:
+        """Run the largest steps once more, when all else has its memory, so that torch's allocator takes its segments
+        for them: they serve smaller steps too, while segments of smaller steps are too small for larger ones."""
+        try:
+            self._runner.profile()
+        except Exception as e:
+            if not is_out_of_memory(e):
+                raise
+            failure = e.with_traceback(None)
+        else:
+            return
+        torch.cuda.empty_cache()
+        log.warning("the largest steps do not fit behind the KV pool: %s", failure)
 
     def relax(self, pool_bytes: int, page_bytes: int, longest_bytes: int) -> bool:
         """Halve the bound whose steps take most, and measure it again; False where that is not wanted, or not possible.
@@ -100,8 +118,17 @@ class Bounds:
         while True:
             try:
                 return self._runner.profile(max_prefill_tokens, max_batch)
-            except torch.OutOfMemoryError as e:
+            except Exception as e:
+                if not is_out_of_memory(e):
+                    raise
                 failure = e.with_traceback(None)  # its frames hold the step's tensors
+            finally:
+                if self._recorder is not None:
+                    self._recorder.ended()
+            recorded = "" if self._recorder is None else self._recorder.failed(_STAGES[name])
+            log.warning("a step of the start failed: %s%s", failure, recorded)
+            if recorded:
+                self.events["oom_recorded"] += 1
             torch.cuda.empty_cache()
             self.events[_EVENTS[name][0]] += 1
             if not self._halve(name):

@@ -15,12 +15,14 @@ import os
 import socket
 from collections.abc import Generator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from actors.engine.oom import RankFailed, device_works, is_out_of_memory
 from actors.errors import BerthError, EngineDead, InputError
 
 START_S = 1800.0
@@ -107,7 +109,7 @@ class Gang:
 
         Raises:
             torch.OutOfMemoryError: a rank ran out of memory, and none failed otherwise.
-            RuntimeError: a rank failed otherwise; the text says which, and how.
+            RankFailed: a rank failed otherwise; the text says which, and how.
             BerthError: this rank's own failure, where it is one.
             EngineDead: a rank did not answer in time.
         """
@@ -116,7 +118,8 @@ class Gang:
         status = torch.zeros(self.size, _STATUS_BYTES, dtype=torch.uint8)
         if failure is not None:
             said = f"{type(failure).__name__}: {failure}".encode()[: _STATUS_BYTES - 1]
-            status[self.rank, 0] = _OUT_OF_MEMORY if _is_oom(failure) else _FAILED
+            oom = is_out_of_memory(failure, partial(device_works, self.device))
+            status[self.rank, 0] = _OUT_OF_MEMORY if oom else _FAILED
             status[self.rank, 1 : 1 + len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
         self._exchange(status, dist.ReduceOp.MAX, timeout_s)
         worst = int(status[:, 0].max())
@@ -129,7 +132,7 @@ class Gang:
             for rank, line in enumerate(status)
             if line[0] == worst
         ]
-        raise (torch.OutOfMemoryError if worst == _OUT_OF_MEMORY else RuntimeError)("; ".join(texts)) from failure
+        raise (torch.OutOfMemoryError if worst == _OUT_OF_MEMORY else RankFailed)("; ".join(texts)) from failure
 
     @contextlib.contextmanager
     def agreed(self, timeout_s: float | None = None) -> Generator[None]:
@@ -213,7 +216,3 @@ def _lost() -> Generator[None]:
         raise
     except (RuntimeError, OSError) as e:
         raise EngineDead(f"a rank of the gang is lost: {str(e).partition('. This is')[0]}") from e
-
-
-def _is_oom(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in str(error)

@@ -43,6 +43,13 @@ def kv_bytes_token(shapes: Sequence[tuple[int, int]], stored: torch.dtype) -> in
     return sum(2 * heads * (head_dim * stored.itemsize + scale) for heads, head_dim in shapes)
 
 
+def kv_sizes(shapes: Sequence[tuple[int, int]], stored: torch.dtype, tokens: int) -> list[int]:
+    """Bytes of each tensor of a cache of `tokens` tokens, in the order in which they are made."""
+    scale = SCALE_DTYPE.itemsize if stored in _LARGEST else 0
+    each = ((tokens * heads * head_dim * stored.itemsize, tokens * heads * scale) for heads, head_dim in shapes)
+    return [size for pair in each for size in 2 * pair if size]
+
+
 def read_bytes_token(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, stored: torch.dtype) -> int:
     """Bytes that `KVCache.read` of one token takes beside the cache, for the largest layer; 0 if nothing is quantised:
     both copies in `dtype`, and the 8 bits and scales that the second is made of."""
@@ -143,7 +150,7 @@ class KVCache:
                     cache.append(torch.zeros((*shape, head_dim), dtype=self.stored, device=self.device))
                     scale = torch.zeros(shape, dtype=SCALE_DTYPE, device=self.device) if self.quantised else None
                     scales.append(scale)
-        except torch.OutOfMemoryError:
+        except Exception:  # of which an allocation knows several
             self._clear()
             raise
         self.pages = pages

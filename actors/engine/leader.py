@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.engine.protocol import RowStep
+from actors.engine.oom import is_out_of_memory
+from actors.engine.protocol import Recorder, RowStep
 from actors.engine.shard import ShardedRunner
 from actors.errors import EngineDead
 from actors.messages import Sampling
@@ -133,16 +134,23 @@ class Leader:
                 die(EngineDead(f"a step did not end within {2 * deadline_s:g} s"))
 
 
-def lead(runner: ShardedRunner) -> Leader:
+def lead(runner: ShardedRunner, recorder: Recorder | None = None) -> Leader:
     """Rank 0's leader; the other ranks follow until it closes, and then raise SystemExit."""
     if runner.gang.rank == 0:
         return Leader(runner)
-    follow(runner)
+    try:
+        follow(runner, recorder)
+    finally:
+        if recorder is not None:
+            recorder.close()
     raise SystemExit(0)
 
 
-def follow(runner: ShardedRunner) -> None:
+def follow(runner: ShardedRunner, recorder: Recorder | None = None) -> None:
     """Ranks 1 and up: do what rank 0 says until it closes.
+
+    Args:
+        recorder: this rank's; is told of each out-of-memory error and each step.
 
     Raises:
         EngineDead: rank 0, or another rank, is gone.
@@ -174,8 +182,12 @@ def follow(runner: ShardedRunner) -> None:
             raise
         except Exception as e:
             failure = e.with_traceback(None)  # all ranks agreed on it; rank 0's engine decides what to do
+        recorded = ""
+        if recorder is not None and command is Command.STEP:
+            recorder.ended()
+            recorded = recorder.failed("step") if failure is not None and is_out_of_memory(failure) else ""
         if failure is not None:
-            log.warning("%s failed: %s", command.name, failure)
+            log.warning("%s failed: %s%s", command.name, failure, recorded)
 
 
 def pack(rows: Sequence[RowStep], page_tokens: int) -> np.ndarray:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from actors.engine.oom import is_out_of_memory
 from actors.errors import InputError, ModelUnavailable, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -281,7 +282,7 @@ def load_model(
     except InputError:
         raise
     except Exception as e:
-        if _is_oom(e):
+        if is_out_of_memory(e):
             raise
         if getattr(config, "auto_map", None) and not trust_remote_code:
             raise _needs_code(folder, config.to_dict()) from e
@@ -544,7 +545,7 @@ def _merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             merged: Any = PeftModel.from_pretrained(model, str(found.folder)).merge_and_unload()
     except Exception as e:
-        if _is_oom(e):
+        if is_out_of_memory(e):
             raise
         raise ModelUnavailable(
             f"does not fit the model: {_first_line(e)}", file=str(found.folder), field="model.adapter"
@@ -596,10 +597,6 @@ def _no_room(place: object) -> ModelUnavailable:
 
 def _is_full(e: BaseException) -> bool:
     return (isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in str(e)
-
-
-def _is_oom(e: BaseException) -> bool:
-    return isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError"
 
 
 def _first_line(e: BaseException) -> str:

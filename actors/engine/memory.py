@@ -22,8 +22,10 @@ logits       the head runs over drawn rows only, when the activations are gone: 
 graphs       one memory pool for all sizes, as large as the largest decode step with its logits; one buffer of outputs;
              a packed batch of integers a size; and cuBLAS's workspaces, which it keeps for each thread and stream that
              ever ran a matrix product: one for the warm-ups of all sizes, one for their captures.
-context      CUDA's context and loaded kernels; slack is what torch's allocator rounds and fragments, and what the
-             driver keeps for graphs. These two are constants, fitted to bench/results/react_replay_8b.json (an H200).
+context      CUDA's context and loaded kernels: a constant, fitted to an H200.
+slack        what torch's allocator holds and nobody uses. Behind weights and KV tensors its rules say it: blocks lie in
+             segments of 20 MiB, or of whole 2 MiB (two of 8 MiB leave 4). Behind steps it is a constant: the engine
+             makes its largest steps first, into whose segments all smaller ones fit (docs/memory.md).
 
 The KV pool is what remains of the budget in whole pages, and no more than a full batch of the longest contexts.
 
@@ -38,7 +40,7 @@ import json
 import math
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -51,7 +53,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.engine.attention import NAME
 from actors.engine.int8 import linear_layers
-from actors.engine.kv import QUANTISED, kv_bytes_token, kv_shapes, read_bytes_token
+from actors.engine.kv import QUANTISED, kv_bytes_token, kv_shapes, kv_sizes, read_bytes_token
 from actors.engine.protocol import Memory
 from actors.engine.runner import graph_sizes
 from actors.engine.sampling import CHUNK_ROWS, choose
@@ -60,8 +62,7 @@ from actors.messages import DeviceBytes
 PAGE_TOKENS = 256
 CONTEXT_BYTES = 768 << 20
 SLACK_BYTES = 64 << 20
-SLACK_FRACTION = 0.1
-"""Of a step's peak: blocks of earlier steps that the next one cannot use."""
+"""Behind steps of all sizes, where the largest came first."""
 CUBLAS_BYTES = {True: 32 << 20, False: (8 << 20) + (128 << 10)}
 """A workspace, by whether the capability is 9.0 (torch's CublasHandlePool)."""
 THREADS = 2
@@ -118,13 +119,41 @@ def parameters(config: Any) -> Parameters:
 
 def weights_bytes(config: Any, dtype: torch.dtype, quantization: str | None = None, tp: int = 1) -> int:
     """Bytes of the weights on one of `tp` ranks."""
-    total = 0
+    return sum(_weight_sizes(config, dtype, quantization, tp))
+
+
+def _weight_sizes(config: Any, dtype: torch.dtype, quantization: str | None, tp: int) -> list[int]:
+    """Bytes of each tensor."""
+    sizes: list[int] = []
     for weight in _weights(_key(config)):
         numel = -(-weight.numel // (tp if weight.sharded else 1))
         rows = -(-weight.rows // (tp if weight.by_rows else 1))
         int8 = quantization == "int8" and weight.linear
-        total += numel + rows * dtype.itemsize if int8 else numel * dtype.itemsize
-    return total
+        sizes += [numel, rows * dtype.itemsize] if int8 else [numel * dtype.itemsize]
+    return sizes
+
+
+def unused_bytes(sizes: Iterable[int]) -> int:
+    """What torch's caching allocator holds beyond tensors of these bytes, made in this order and kept.
+
+    By the rules of c10/cuda/CUDACachingAllocator.cpp: blocks up to 1 MiB lie in segments of 2 MiB, those below 10 MiB
+    in segments of 20, larger ones in their own, in whole 2 MiB. The rest of a segment goes to the next that it fits.
+    """
+    unused = 0
+    rests: dict[bool, list[int]] = {True: [], False: []}
+    for size in sizes:
+        block = -(-size // 512) * 512
+        small = block <= 1 << 20
+        rest = min((rest for rest in rests[small] if rest >= block), default=None)
+        if rest is None:
+            rest = 2 << 20 if small else 20 << 20 if block < 10 << 20 else -(-block // (2 << 20)) * (2 << 20)
+            unused += rest
+        else:
+            rests[small].remove(rest)
+        if rest - block >= 512 if small else rest - block > 1 << 20:
+            rests[small].append(rest - block)
+        unused -= size
+    return unused
 
 
 def unpacked_bytes(config: Any, dtype: torch.dtype, quantization: str | None = None, tp: int = 1) -> int:
@@ -213,8 +242,9 @@ def predict(
     logits = logits_bytes(config, dtype, max_batch)
     # Triton's kernels read quantised KV as it is; others a copy, a layer at a time, in steps that no graph can hold.
     copies = kv_dtype != "auto" and not (cuda and kernel == "triton" and dtype in (torch.float16, torch.bfloat16))
+    sizes = _weight_sizes(config, dtype, quantization, tp)
     bare = Memory(
-        weights_bytes=weights_bytes(config, dtype, quantization, tp),
+        weights_bytes=sum(sizes),
         activation_bytes=activations,
         logits_bytes=logits,
         workspace_bytes=THREADS * CUBLAS_BYTES[hopper] if cuda else 0,
@@ -222,15 +252,26 @@ def predict(
         if cuda and graphs and not copies
         else 0,
         context_bytes=CONTEXT_BYTES if cuda else 0,
-        slack_bytes=SLACK_BYTES + int(SLACK_FRACTION * max(activations, logits)) if cuda else 0,
+        slack_bytes=SLACK_BYTES + unused_bytes(sizes) if cuda else 0,
     )
     if device_bytes is None:
         return bare
     budget = int(budget_fraction * (gpu_memory_fraction or 1.0) * device_bytes)
     if copies:  # a step may read all of the pool
         page_bytes += PAGE_TOKENS * read_bytes_token(kv_shapes(config, tp), dtype, QUANTISED[kv_dtype])
-    pages = min(max(0, budget - bare.fixed_bytes) // page_bytes, most_pages(max_batch, max_model_len))
-    return replace(bare, pool_bytes=pages * kv_token_bytes(config, dtype, kv_dtype, tp) * PAGE_TOKENS)
+    shapes, stored = kv_shapes(config, tp), QUANTISED.get(kv_dtype, dtype)
+
+    def slack(pages: int) -> int:
+        if not cuda:
+            return 0
+        return SLACK_BYTES + unused_bytes([*sizes, *kv_sizes(shapes, stored, pages * PAGE_TOKENS)])
+
+    room = budget - bare.fixed_bytes + bare.slack_bytes
+    pages = min(max(0, room - bare.slack_bytes) // page_bytes, most_pages(max_batch, max_model_len))
+    while pages > (fitting := max(0, room - slack(pages)) // page_bytes):
+        pages = fitting
+    pool_bytes = pages * kv_token_bytes(config, dtype, kv_dtype, tp) * PAGE_TOKENS
+    return replace(bare, slack_bytes=slack(pages), pool_bytes=pool_bytes)
 
 
 def most_pages(max_batch: int, max_model_len: int, page_tokens: int = PAGE_TOKENS) -> int:
@@ -268,12 +309,17 @@ def local_devices() -> list[Device]:
 
 
 def device_used_bytes(device: torch.device) -> int:
-    """What all processes hold of a CUDA device: by NVML, else by the CUDA runtime."""
+    """What all processes hold of a CUDA device: by NVML, else by the CUDA runtime.
+
+    Without what the driver and firmware keep for themselves (some 475 MiB of an H100), which is no part of the memory
+    that CUDA says the device has, and which NVML's first version of this call counts as used.
+    """
     if (nvml := _nvml()) is not None:
         try:
             uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-            return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByUUID(uuid)).used)
-        except nvml.NVMLError:  # a slice of a GPU, or a container that hides it
+            found = nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByUUID(uuid), version=nvml.nvmlMemory_v2)
+            return int(found.total - found.reserved - found.free)
+        except nvml.NVMLError:  # a slice of a GPU, a container that hides it, or a driver before 510
             pass
     free, total = torch.cuda.mem_get_info(device)
     return total - free

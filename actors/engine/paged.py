@@ -7,7 +7,6 @@ fails. Knows nothing of tensors, models, text, ReAct or Ray.
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,8 +15,9 @@ from dataclasses import dataclass
 from itertools import islice
 from queue import Empty, SimpleQueue
 
+from actors.engine.oom import device_works, is_out_of_memory
 from actors.engine.pages import PageAllocator
-from actors.engine.protocol import Capacity, Drawn, MemoryReport, Request, RowStep, Runner
+from actors.engine.protocol import Capacity, Drawn, MemoryReport, Recorder, Request, RowStep, Runner
 from actors.engine.scheduler import Row, Scheduler, Work
 from actors.errors import Cancelled, ContextOverflow, EngineDead, EngineError, OutOfMemory
 from actors.messages import FinishReason, Generation, Numerics, Usage
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 _WAIT_S = 0.25
 _EVENTS = (
     "oom_prefill oom_decode errors prefill_halved batch_halved waits graph_drops pool_shrinks culprits preemptions "
-    "evictions drafted kept"
+    "evictions drafted kept oom_recorded"
 )
 
 
@@ -82,11 +82,11 @@ class PagedEngine:
         events: what happened at the start.
         min_prefill_tokens: `max_prefill_tokens` is not halved below this.
         grow_after: good steps before halved bounds double.
-        oom_errors: exceptions that mean out of memory, beside those whose text says so.
         drop_caches: called after each out-of-memory error, say `torch.cuda.empty_cache`.
         squeezed: whether somebody else holds memory that was free at the start.
-        works: whether the device still does, after an error that may mean either.
+        works: whether the device still does, after an error that may mean either (see `oom`).
         patience_s: how long the engine waits for it, since its last good step, before it gives up more than bounds.
+        recorder: is told of each out-of-memory error and each step.
         on_close: called at the end of `close`.
         on_dead: called once, in the engine's thread, when the engine has died and its futures have failed.
         clock: seconds.
@@ -108,11 +108,11 @@ class PagedEngine:
         events: Mapping[str, int] | None = None,
         min_prefill_tokens: int = 64,
         grow_after: int = 32,
-        oom_errors: tuple[type[BaseException], ...] = (MemoryError,),
         drop_caches: Callable[[], None] = lambda: None,
         squeezed: Callable[[], bool] = lambda: False,
-        works: Callable[[], bool] = lambda: False,
+        works: Callable[[], bool] = device_works,
         patience_s: float = 60.0,
+        recorder: Recorder | None = None,
         on_close: Callable[[], None] = lambda: None,
         on_dead: Callable[[BaseException], None] = lambda error: None,
         clock: Callable[[], float] = time.perf_counter,
@@ -135,8 +135,8 @@ class PagedEngine:
         self._limits = (max_prefill_tokens, max_batch, max_decode_tokens)
         self._min_prefill_tokens = min(min_prefill_tokens, max_prefill_tokens)
         self._grow_after = grow_after
-        self._oom_errors, self._drop_caches, self._on_dead, self._clock = oom_errors, drop_caches, on_dead, clock
-        self._on_close, self._works = on_close, works
+        self._drop_caches, self._on_dead, self._clock = drop_caches, on_dead, clock
+        self._on_close, self._works, self._recorder = on_close, works, recorder
         self._squeezed, self._patience_s, self._waited_s = squeezed, patience_s, 0.0
         self._events: dict[str, int] = dict.fromkeys(_EVENTS.split(), 0) | dict(events or {})
         self._evictions_before = 0  # in pools that were replaced
@@ -264,6 +264,8 @@ class PagedEngine:
         text = str(error) if isinstance(error, EngineDead) else f"{type(error).__name__}: {error}"
         for row in rows:
             row.fail(EngineDead(text))
+        if self._recorder is not None:
+            self._recorder.close()
         if self.dead:
             self._on_dead(error)
 
@@ -337,9 +339,10 @@ class PagedEngine:
         except Exception as e:  # it is planned again when the one before has ended
             failure, drawn = e.with_traceback(None), None
         if failure is not None:
-            log.warning("a step could not be launched ahead: %s: %s", type(failure).__name__, failure)
             self._hold = self._grow_after
-            oom = self._is_oom(failure)
+            oom = is_out_of_memory(failure, self._works)
+            recorded = self._record(work) if oom else ""
+            log.warning("a step could not be launched ahead: %s: %s%s", type(failure).__name__, failure, recorded)
             self._events[_event(work, oom)] += 1
             if oom:
                 self._drop_caches()
@@ -389,6 +392,8 @@ class PagedEngine:
                 self._keep(part, further, now_s)
         self._failing = False
         self._waited_s = 0.0
+        if self._recorder is not None:
+            self._recorder.ended()
         self._grow()
         return True
 
@@ -482,7 +487,7 @@ class PagedEngine:
 
     def _recover(self, work: list[Work], error: Exception) -> None:
         """A step failed: change one thing, so that the next plan is easier; or let its only row go."""
-        oom, scheduler, runner = self._is_oom(error), self.scheduler, self._runner
+        oom, scheduler, runner = is_out_of_memory(error, self._works), self.scheduler, self._runner
         if not oom and _is_fatal(error):
             raise EngineDead(f"{type(error).__name__}: {error}") from error
         if not work:
@@ -493,7 +498,10 @@ class PagedEngine:
         self._good_steps = 0
         self._events[_event(work, oom)] += 1
         said = f"{type(error).__name__}: {str(error).partition('. ')[0]}"
-        log.warning("a step of %d rows and %d tokens failed: %s", rows, tokens, said)
+        if self._recorder is not None:
+            self._recorder.ended()
+        recorded = self._record(work) if oom else ""
+        log.warning("a step of %d rows and %d tokens failed: %s%s", rows, tokens, said, recorded)
         if oom:
             self._drop_caches()
         if tokens > rows and not prefill:
@@ -518,6 +526,14 @@ class PagedEngine:
             self._events["graph_drops"] += 1
         elif not (oom and self._cut_pool(runner, row)):
             self._expel(row, error, oom)
+
+    def _record(self, work: list[Work]) -> str:
+        """Before anything is done about it: where this out of memory is recorded, as the end of a log line."""
+        if self._recorder is None:
+            return ""
+        recorded = self._recorder.failed("prefill" if any(part.prefill for part in work) else "decode")
+        self._events["oom_recorded"] += bool(recorded)
+        return recorded
 
     def _expel(self, row: Row, error: Exception, oom: bool) -> None:
         self._events["culprits"] += 1
@@ -546,23 +562,13 @@ class PagedEngine:
                 failure = e.with_traceback(None)
             if failure is None:
                 break
-            if not self._is_oom(failure) or num_pages <= needed:
+            if not is_out_of_memory(failure, self._works) or num_pages <= needed:
                 raise EngineDead(f"the KV pool could not be allocated again: {failure}") from failure
             self._drop_caches()
             num_pages = max(num_pages * 3 // 4, needed)
         log.warning("the KV pool was cut from %d pages to %d", pages.num_pages, num_pages)
         self.scheduler.replace_pool(PageAllocator(num_pages, self._page_tokens))
         return True
-
-    def _is_oom(self, error: BaseException) -> bool:
-        text = str(error)
-        if isinstance(error, self._oom_errors) or "out of memory" in text or "ALLOC_FAILED" in text:
-            return True
-        # On a full device kernels that cuBLAS loads at their first use cannot be launched, which it does not explain.
-        return bool(_UNLAUNCHED.search(text)) and self._works()
-
-
-_UNLAUNCHED = re.compile("CUBLAS_STATUS_(NOT_INITIALIZED|EXECUTION_FAILED|INTERNAL_ERROR)")
 
 
 def _event(work: list[Work], oom: bool) -> str:

@@ -72,6 +72,8 @@ class EngineSpec:
         tp: ranks that the model is split over, one process each.
         rank_deadline_s: how long a rank waits for the others before it takes one for dead.
         step_limit_s: how long a step may run before the engine is taken for hung; None leaves it to the replica.
+        record_oom: what is written when memory runs out: off, snapshot, trace or all (see `recorder`).
+        oom_folder: where to; a path or an address.
     """
 
     model: str
@@ -95,6 +97,8 @@ class EngineSpec:
     tp: int = 1
     rank_deadline_s: float = 60.0
     step_limit_s: float | None = None
+    record_oom: str = "off"
+    oom_folder: str = "oom"
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,4 +274,20 @@ class Runner(Protocol):
 
     def resize(self, num_pages: int, /) -> None:
         """Free all pages and allocate `num_pages`."""
+        ...
+
+
+class Recorder(Protocol):
+    """Keeps what is known of an out of memory (see `recorder.OomRecorder`). Raises nothing."""
+
+    def failed(self, stage: str, traced: bool = True) -> str:
+        """Memory ran out; where that is recorded, as the end of a log line."""
+        ...
+
+    def ended(self) -> None:
+        """A step has ended, well or not."""
+        ...
+
+    def close(self) -> None:
+        """No step follows from this thread. Can be repeated."""
         ...

@@ -27,7 +27,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from actors.engine import loader
 from actors.engine.int8 import weights_dtype
-from actors.engine.protocol import Capacity, EngineSpec, Request
+from actors.engine.oom import is_out_of_memory
+from actors.engine.protocol import Capacity, EngineSpec, Recorder, Request
+from actors.engine.recorder import loading, recorder_of
 from actors.engine.sampling import choose, wrap_seed
 from actors.errors import Cancelled, ContextOverflow, EngineDead, EngineError, InputError, OutOfMemory
 from actors.messages import FinishReason, Generation, Numerics, Usage
@@ -45,6 +47,7 @@ def build(spec: EngineSpec) -> ReferenceEngine:
 
     Raises:
         InputError: what `loader.resolve`, `from_folder` and `ReferenceEngine` raise; or tp is more than 1.
+        OutOfMemory: the weights do not fit.
     """
     if spec.tp != 1:
         raise InputError(
@@ -69,6 +72,7 @@ def build(spec: EngineSpec) -> ReferenceEngine:
         quantization=spec.quantization,
         numerics=spec.numerics,
         trust_remote_code=spec.trust_remote_code,
+        recorder=recorder_of(spec, torch.device(spec.device or ("cuda" if torch.cuda.is_available() else "cpu"))),
     )
 
 
@@ -84,6 +88,7 @@ def from_folder(
     quantization: str | None = None,
     numerics: str = "fast",
     trust_remote_code: bool = False,
+    recorder: Recorder | None = None,
 ) -> ReferenceEngine:
     """Load a model from a folder and start its engine.
 
@@ -93,14 +98,17 @@ def from_folder(
         max_model_len, max_batch, numerics: see `ReferenceEngine`.
         revision: recorded on every row.
         dtype, adapter, quantization, trust_remote_code: see `loader.load_model`.
+        recorder: is told when memory runs out.
 
     Raises:
         InputError: what `loader.load_model` and `ReferenceEngine` raise.
+        OutOfMemory: the weights do not fit.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = loader.load_model(
-        folder, dtype, device, adapter=adapter, quantization=quantization, trust_remote_code=trust_remote_code
-    )
+    with loading(str(folder), recorder):
+        model = loader.load_model(
+            folder, dtype, device, adapter=adapter, quantization=quantization, trust_remote_code=trust_remote_code
+        )
     return ReferenceEngine(
         model,
         max_model_len=max_model_len,
@@ -108,6 +116,7 @@ def from_folder(
         revision=revision,
         numerics=numerics,
         stop_token_ids=loader.stop_token_ids(folder, trust_remote_code=trust_remote_code),
+        recorder=recorder,
     )
 
 
@@ -204,6 +213,8 @@ class _Batch:
         now = time.monotonic()
         share_s, self.clock = (now - self.clock) / max(1, sum(self.active)), now
         self.engine.since_s = now
+        if self.engine.recorder is not None:
+            self.engine.recorder.ended()
         for index, (row, (token, logprob)) in enumerate(zip(self.rows, self.drawn, strict=True)):
             if not self.active[index]:
                 continue
@@ -271,6 +282,7 @@ class ReferenceEngine:
         numerics: str = "fast",
         stop_token_ids: frozenset[int] = frozenset(),
         gather_s: float = 0.005,
+        recorder: Recorder | None = None,
     ):
         if numerics not in ("fast", "invariant"):
             raise InputError("unknown numerics", field="numerics", got=numerics, wants="fast | invariant")
@@ -284,7 +296,7 @@ class ReferenceEngine:
         self.since_s: float | None = None  # when the step under way began
         self._max_batch = 1 if numerics == "invariant" else max(1, max_batch)
         self._bound = self._max_batch  # halved by an out-of-memory, grows back
-        self._gather_s = gather_s
+        self._gather_s, self.recorder = gather_s, recorder
         self._queue: deque[_Row] = deque()
         self._running: list[_Row] = []
         self._closed: str | None = None  # why
@@ -374,7 +386,9 @@ class ReferenceEngine:
             if error is None:
                 self._bound = min(self._bound + 1, self._max_batch)
                 self._fail(left, EngineError, "generate ended early", None)
-            elif _is_oom(error):
+            elif is_out_of_memory(error):
+                recorded = "" if self.recorder is None else self.recorder.failed("step")
+                log.warning("a batch of %d rows ran out of memory: %s%s", len(rows), error, recorded)
                 _free()
                 self._retry(left, len(rows), error)
             elif "CUDA error" in str(error):
@@ -388,6 +402,8 @@ class ReferenceEngine:
             with self._changed:
                 self._running = []
             del error, left, rows
+        if self.recorder is not None:
+            self.recorder.close()
 
     def _admit(self) -> list[_Row]:
         """Wait for work; empty when closed."""
@@ -499,12 +515,6 @@ def _numerics(model: PreTrainedModel, revision: str, numerics: str) -> Numerics:
     kernel = str(getattr(model.config, "_attn_implementation", None) or "eager")
     reproducible = numerics == "invariant" and model.dtype == torch.float32
     return Numerics("reference", kernel, dtype, dtype, weights_dtype(model), 1, revision, reproducible)
-
-
-def _is_oom(error: Exception) -> bool:
-    # cuBLAS and the CPU's allocator have no class of their own for it
-    names = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "DefaultCPUAllocator: can't allocate")
-    return isinstance(error, torch.OutOfMemoryError) or any(name in str(error) for name in names)
 
 
 def _free() -> None:

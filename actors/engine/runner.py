@@ -34,6 +34,7 @@ from torch import Tensor
 from actors.engine.attention import NAME, RUNS, Kernel, Plan, Row, Units, attending, check_kernel, queries_a_tile
 from actors.engine.fused import fuse
 from actors.engine.kv import SCRATCH_PAGE, KVCache, indices, kv_shapes
+from actors.engine.oom import is_out_of_memory
 from actors.engine.protocol import RowStep
 from actors.engine.sampling import choose, wrap_seed
 from actors.engine.support import check_class, check_supported, window_of
@@ -288,9 +289,9 @@ class Runner:
         """
         try:
             self._compile(backend)
-        except (torch.OutOfMemoryError, EngineDead):
-            raise
         except Exception as e:
+            if isinstance(e, EngineDead) or is_out_of_memory(e):
+                raise
             for layer in self._layers():
                 layer._compiled_call_impl = None
             self._least_tokens = 1
@@ -329,14 +330,14 @@ class Runner:
         self.kv.resize(num_pages)
 
     @torch.no_grad()
-    def capture(self) -> None:
+    def capture(self) -> Exception | None:
         """Capture decode steps in CUDA graphs by batch size, largest first so that the others fit its memory.
 
-        Does nothing without CUDA, under the reference kernel, or where graphs were not wanted. A failure is logged,
-        and decode goes on uncaptured.
+        Does nothing without CUDA, under the reference kernel, or where graphs were not wanted. A failure is logged and
+        returned, and decode goes on uncaptured.
         """
         if not self._use_graphs:
-            return
+            return None
         self.drop_graphs()
         try:
             pool = torch.cuda.graph_pool_handle()
@@ -347,6 +348,8 @@ class Runner:
             self.drop_graphs()
             self._use_graphs = False
             log.warning("CUDA graphs could not be captured, decode runs without: %s", e)
+            return e.with_traceback(None)
+        return None
 
     def drop_graphs(self) -> None:
         """Free the CUDA graphs and their memory; decode runs uncaptured until `capture`."""

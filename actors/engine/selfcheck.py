@@ -18,6 +18,7 @@ from torch import Tensor
 
 from actors.engine.attention import RUNS, Kernel, Plan, Row, Units, attend, check_kernel, queries_a_tile
 from actors.engine.kv import KVCache, kv_shapes
+from actors.engine.oom import is_out_of_memory
 from actors.engine.support import window_of
 from actors.errors import UnsupportedModel
 
@@ -43,9 +44,9 @@ def first_right(kernels: Sequence[Kernel], kv: KVCache, config: Any) -> Kernel:
             check_kernel(kernel, kv, config)
             check_numbers(kernel, kv, config)
             return kernel
-        except torch.OutOfMemoryError:
-            raise
         except Exception as e:  # a compiler that is missing or fails does so in many ways
+            if is_out_of_memory(e):
+                raise
             reasons.append(f"{kernel}: {type(e).__name__}: {e}")
             log.warning("the kernel %s is not used: %s: %s", kernel, type(e).__name__, e)
             failure = e

@@ -103,16 +103,24 @@ def test_a_larger_pool_that_cannot_start_fails_the_rows_that_need_it_alone(tmp_p
 def test_the_real_engine_over_two_ranks_goes_on_where_one_had_not_the_memory(tmp_path, model, squeeze, moved, rung):  # noqa: F811
     """On CPUs: the transcript so far is computed again, and the tokens are those of a run with memory enough."""
     settings = (f"model.id={model}", "engine=tests.squeezed:build", "limit=6", "memory.max_batch=4")
-    frames = []
+    frames, said = [], {}
     for name, env in (("small", squeeze), ("large", {})):
-        done = recovered(tmp_path / name, 0, *settings, env={"BERTH_SQUEEZE": json.dumps(env)})
+        more = (*settings, "memory.record_oom=trace")
+        done = recovered(tmp_path / name, 0, *more, env={"BERTH_SQUEEZE": json.dumps(env)})
         assert done.returncode == 0, done.stdout + done.stderr
+        said[name] = done.stdout
         frame = rows_of(tmp_path / name).set_index("row_id").sort_index()
         assert (frame["status"] == "ok").all(), frame["error"].tolist()
         frames.append(frame)
     small, large = frames
     print(small[["pool", "rung", "attempts", "tp", "peak_tokens"]])
     print(pd.read_parquet(tmp_path / "small" / "attempts")[["row_id", "attempt", "pool", "cause", "lost_gpu_s"]])
+    tries = pd.read_parquet(tmp_path / "small" / "attempts")
+    failed_at = set(tries[tries["cause"].fillna("").str.startswith("OutOfMemory: failed alone")]["replica"])
+    traces = {path.parent.name for path in (tmp_path / "small" / "oom").glob("*/rank0-*.json.gz")}
+    assert traces == failed_at, "named by the replica of the attempt"
+    assert ("recorded in oom/" in said["small"]) is bool(failed_at)
+    assert not (tmp_path / "large" / "oom").exists()
     assert set(large["pool"]) == {"single"}
     there = small[small["pool"] == "pair"]
     assert len(there) == moved

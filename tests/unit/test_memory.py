@@ -1,6 +1,7 @@
 """The memory model against published sizes, real steps on the CPU, and what was measured on GPUs."""
 
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -147,7 +148,9 @@ def test_a_pool_in_8_bits_holds_so_many_more_tokens(config, dtype, least):
         pool.pool_bytes / memory.kv_token_bytes(model_config(config), dtype, kv_dtype)
         for pool, kv_dtype in ((full, "auto"), (small, "int8"))
     ]
-    assert full.fixed_bytes == small.fixed_bytes
+    assert full.fixed_bytes - full.slack_bytes == small.fixed_bytes - small.slack_bytes
+    # Behind each of its tensors less than 2 MiB are left.
+    assert abs(full.slack_bytes - small.slack_bytes) < 2 * MIB * 4 * model_config(config).num_hidden_layers
     assert held[1] / held[0] == pytest.approx(least, rel=0.02)
 
 
@@ -230,6 +233,23 @@ def test_the_replay_on_an_h100():
     assert found.pool_bytes == pytest.approx(pool, rel=0.01)
 
 
+def test_the_allocators_rests():
+    """Two of 8 MiB in a segment of 20; a third and one of 4 fill two rests; 11 MiB take 12, whose rest is too small."""
+    assert memory.unused_bytes([8 * MIB, 8 * MIB]) == 4 * MIB
+    assert memory.unused_bytes([8 * MIB, 8 * MIB, 4 * MIB]) == 0
+    assert memory.unused_bytes([11 * MIB, MIB]) == (1 + 1) * MIB
+    assert memory.unused_bytes([100 * MIB + 1, MIB + 1]) == MIB - 2
+    assert memory.unused_bytes([1, 513]) == 2 * MIB - 514
+
+
+def test_the_rests_behind_the_weights_of_an_8b_on_an_h100():
+    """Keys and values have 8 MiB a layer each: 4 MiB are left of every segment."""
+    said = json.loads((RESULTS / "react_replay_8b.json").read_text())["summary"]["256"]["berth"]["settings"]["memory"]
+    found = int(re.search(r"slack \d+ → (\d+)", said)[1]) * MIB
+    sizes = memory._weight_sizes(model_config("8b"), BF16, None, 1)
+    assert memory.unused_bytes(sizes) == pytest.approx(found, abs=2 * MIB)
+
+
 def test_an_idle_engine_on_an_h100():
     """SmolLM2-135M in bf16, 256 pages, graphs up to 64 rows: what stays allocated between steps."""
     document = json.loads((RESULTS / "engine_gpu_c.json").read_text())
@@ -274,7 +294,8 @@ def test_the_pool_is_what_the_budget_leaves():
     for fraction in (0.5, 0.9):
         found = memory.predict(config, **SIZES, device_bytes=80 << 30, budget_fraction=fraction)
         assert found.pool_bytes % page == 0
-        assert 0 <= fraction * (80 << 30) - found.total_bytes < page
+        # The last page may have had no room for what is left behind its 72 tensors.
+        assert 0 <= fraction * (80 << 30) - found.total_bytes < page + 72 * 2 * MIB
     halved = memory.predict(config, **SIZES, device_bytes=80 << 30, gpu_memory_fraction=0.5)
     assert halved.pool_bytes == memory.predict(config, **SIZES, device_bytes=40 << 30).pool_bytes
     assert memory.predict(config, **SIZES, device_bytes=16 << 30).pool_bytes == 0
@@ -303,10 +324,12 @@ def test_the_pool_is_sized_by_the_measurement(monkeypatch):
     """On a GPU: measured step, predicted graphs and slack; here with a device made of numbers."""
     kv = gpu_of_numbers(monkeypatch)
     predicted = Memory(0, 1, 1, 64 * MIB, 900 * MIB, 0, 100 * MIB)
-    measured = {"activation_bytes": 936 * MIB, "logits_bytes": 200 * MIB}
+    measured = {"activation_bytes": 936 * MIB, "logits_bytes": 200 * MIB, "slack_bytes": 0}
     # 60,000 free, 8,000 of them beyond the budget; less 936, 900, 100, and 32 for the engine's thread.
     room = 52_000 - 936 - 900 - 100 - 32
     assert assemble._room(kv, predicted, measured, 0.9, 1.0, 1) // MIB == room
+    there = measured | {"slack_bytes": 70 * MIB}  # behind the weights, in what this process has
+    assert assemble._room(kv, predicted, there, 0.9, 1.0, 1) // MIB == room + 70
     bounds = types.SimpleNamespace(measured=measured, max_batch=4, relax=lambda *sizes: False)
     assert assemble._fit(kv, kv.bytes_page, lambda: predicted, bounds, 0.9, 1.0, 1 << 20, None) == room // 10
     assert assemble._fit(kv, 12 * MIB, lambda: predicted, bounds, 0.9, 1.0, 1 << 20, None) == room // 12
@@ -418,6 +441,19 @@ def test_weights_that_no_gpu_has_room_for_are_refused_unread():
     assert (caught.value.stage, caught.value.needed_bytes, caught.value.free_bytes) == ("load", 130 << 30, 44 << 30)
 
 
+def test_the_largest_steps_come_first_and_may_fail(no_gpu, monkeypatch, caplog):
+    """Behind the KV pool another process may have taken what they want; the engine knows how to go on."""
+    dropped = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: dropped.append(1))
+    Bounds(Steps(512 * MIB)).settle()
+    assert dropped == []
+    Bounds(Steps(100 * MIB)).settle()
+    assert dropped == [1]
+    assert "the largest steps do not fit behind the KV pool: tried to allocate" in caplog.text
+    with pytest.raises(AttributeError):  # not a matter of memory
+        Bounds(types.SimpleNamespace()).settle()
+
+
 class FakeRunner:
     """A runner whose steps allocate what a test says, on a device made of numbers."""
 
@@ -485,8 +521,12 @@ class FakeNvml:
     def nvmlDeviceGetCudaComputeCapability(self, handle):
         return [9, 0]
 
-    def nvmlDeviceGetMemoryInfo(self, handle):
-        return types.SimpleNamespace(total=141 << 30, used=5 << 30)
+    nvmlMemory_v2 = 2
+
+    def nvmlDeviceGetMemoryInfo(self, handle, version=None):
+        if version is None:  # counts as used what is reserved
+            return types.SimpleNamespace(total=141 << 30, free=135 << 30, used=6 << 30)
+        return types.SimpleNamespace(total=141 << 30, free=135 << 30, reserved=1 << 30, used=5 << 30)
 
 
 def test_what_the_device_holds(monkeypatch):

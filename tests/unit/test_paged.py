@@ -27,7 +27,7 @@ TIMEOUT_S = 20
 PARROT = 500
 
 
-class FakeOOM(RuntimeError):
+class FakeOOM(MemoryError):
     """Stands for torch.OutOfMemoryError."""
 
 
@@ -109,7 +109,7 @@ class Scripted:
             ]
         try:
             return Launched(self.step(rows))
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if self.launches == "fails late":
                 return Launched([(-9, 0.0)] * len(rows), error)
             raise
@@ -139,7 +139,6 @@ def engine(num_pages=200, page_tokens=4, fail=lambda rows: None, launches=False,
         page_tokens=page_tokens,
         numerics=NUMERICS,
         kv_bytes_token=10,
-        oom_errors=(FakeOOM,),
         **(settings | options),
     )
     try:

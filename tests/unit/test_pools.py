@@ -88,3 +88,12 @@ def test_a_replica_that_does_not_start_is_tried_twice_at_least_and_no_more_than_
         pool = pools.sized({"single": config.pools["single"]}, gpus)[0]
         options = pools._deployment(config, pool, 0, several=False)._deployment_config
         assert options.max_constructor_retry_count == wanted
+
+
+def test_what_is_recorded_of_an_out_of_memory_goes_to_the_run():
+    config = RunConfig.model_validate({"suite": "s", "out": "/runs/mine", "model": {"id": "m"}})
+    assert pools.engine_spec(config).record_oom == "off"
+    for written, meant in ((False, "off"), ("all", "all")):  # YAML reads a bare `off` as false
+        changed = config.model_dump() | {"memory": {"record_oom": written}}
+        spec = pools.engine_spec(RunConfig.model_validate(changed))
+        assert (spec.record_oom, spec.oom_folder) == (meant, "/runs/mine/oom")

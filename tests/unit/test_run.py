@@ -261,7 +261,10 @@ def test_another_run_starts_beside_what_is_there(tmp_path, monkeypatch):
 
 def test_shortages_are_told_by_pool_where_there_were_any():
     events = {"single": {"waits": 4, "oom_decode": 1, "oom_prefill": 2, "drafted": 9}, "pair": {"preemptions": 3}}
-    assert shortages(events) == ["single: 3 steps ran out of memory: oom_prefill 2, oom_decode 1, waits 4"]
+    said = "single: 3 steps ran out of memory: oom_prefill 2, oom_decode 1, waits 4"
+    assert shortages(events) == [said]
+    events["single"]["oom_recorded"] = 2
+    assert shortages(events) == [f"{said}; recorded in oom/"]
 
 
 def test_a_resumed_run_does_not_mix_precisions():

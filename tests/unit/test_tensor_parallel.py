@@ -1,5 +1,7 @@
 """A gang of processes against one process, in fp32 on CPU: the same tokens, whatever happens in between."""
 
+import gzip
+import json
 import os
 import signal
 import threading
@@ -43,7 +45,18 @@ def others(all_seats):
 
 
 @contextmanager
-def gang(others, name, size, deadline_s=60.0, fail=None, changes=None, quantization=None, backend=None, **options):
+def gang(
+    others,
+    name,
+    size,
+    deadline_s=60.0,
+    fail=None,
+    changes=None,
+    quantization=None,
+    backend=None,
+    record=None,
+    **options,
+):
     """Rank 0's engine; `fail` is {rank: arguments of `ranks.engine`}."""
     seat = {
         "name": name,
@@ -53,6 +66,7 @@ def gang(others, name, size, deadline_s=60.0, fail=None, changes=None, quantizat
         "changes": changes,
         "quantization": quantization,
         "backend": backend,
+        "record": record,
         "options": SETTINGS | options,
     }
     fail = fail or {}
@@ -142,6 +156,19 @@ def test_a_step_that_fails_on_one_rank_is_repeated_on_all(others, rank, call):
     with gang(others, "llama", 2, fail={rank: {"fail_at": call, "error": "RuntimeError"}}) as engine:
         assert tokens(together(engine, GREEDY)) == expected
         assert engine.events["errors"] == 1
+
+
+def test_each_rank_records_an_out_of_memory_of_one(others, tmp_path):
+    expected = tokens(one_process("llama", GREEDY))
+    with gang(others, "llama", 2, fail={1: {"fail_at": 4}}, record=str(tmp_path)) as engine:
+        assert tokens(together(engine, GREEDY)) == expected
+        assert engine.events["oom_recorded"] == 1
+    [mine, others_own] = sorted(tmp_path.iterdir())
+    assert mine.name in ("rank0-prefill-1.json.gz", "rank0-decode-1.json.gz")
+    assert others_own.name == "rank1-step-1.json.gz"
+    for path in (mine, others_own):
+        with gzip.open(path, "rt") as stream:
+            assert any(event["name"] == "aten::linear" for event in json.load(stream)["traceEvents"])
 
 
 def test_invariant_steps_fail_and_repeat_in_step(others):
