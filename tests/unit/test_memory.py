@@ -159,7 +159,7 @@ def test_a_kernel_that_copies_quantised_kv_leaves_room_for_it_and_has_no_graphs(
     triton, flash = (memory.predict(model_config("8b"), **sizes, kernel=one) for one in ("triton", "flash_attn"))
     assert flash.graph_bytes == 0 < triton.graph_bytes
     page, copy = memory.kv_token_bytes(model_config("8b"), BF16, "fp8"), 8 * (128 * (2 * 2 + 1) + 4)
-    room = triton.pool_bytes + triton.graph_bytes
+    room = triton.pool_bytes + triton.graph_bytes + triton.slack_bytes - flash.slack_bytes
     assert flash.pool_bytes == pytest.approx(room * page / (page + copy), abs=2 * 256 * page)
 
 
