@@ -65,7 +65,7 @@ log = logging.getLogger("berth")
 MANIFEST_ROWS = 4096
 MANY_ROWS = 50_000
 """From here on reading the tables back takes more memory than a process costs time to start."""
-WRITTEN = ("journal", "results", "tasks", "attempts", "rejects", "summary.json", "report.html")
+WRITTEN = ("journal", "results", "tasks", "attempts", "rejects", "oom", "summary.json", "report.html")
 """What a run writes into its folder, after run.json."""
 OOM_EVENTS = ("oom_prefill", "oom_decode")
 RELIEF_EVENTS = ("prefill_halved", "batch_halved", "waits", "graph_drops", "pool_shrinks", "culprits")

@@ -19,13 +19,23 @@ from typing import Any
 import torch
 
 from actors.engine import loader
-from actors.engine.attention import kernels_for
+from actors.engine.attention import HALF, kernels_for
 from actors.engine.bounds import Bounds
 from actors.engine.gang import START_S, Gang
 from actors.engine.int8 import weights_dtype
 from actors.engine.kv import QUANTISED, KVCache, kv_shapes
 from actors.engine.leader import lead
-from actors.engine.memory import PAGE_TOKENS, THREADS, device_used_bytes, most_pages, predict, weights_bytes
+from actors.engine.memory import (
+    PAGE_TOKENS,
+    SLACK_BYTES,
+    THREADS,
+    device_used_bytes,
+    kv_sizes,
+    most_pages,
+    predict,
+    unused_bytes,
+    weights_bytes,
+)
 from actors.engine.oom import device_works, is_out_of_memory
 from actors.engine.paged import PagedEngine
 from actors.engine.protocol import NO_PAGE, EngineSpec, Memory, MemoryReport, Recorder
@@ -291,6 +301,7 @@ def over_model(
         log.warning("the capture ran out of memory%s", recorded)
     if cuda:
         measured["graph_bytes"] = device_used_bytes(device) - used
+    if cuda and pages is None and chosen in HALF:
         with start.part("settle"):
             bounds.settle()
     memory = MemoryReport(predicted(), measured, device_used_bytes(device) if cuda else None)
@@ -328,7 +339,7 @@ def compiles(wanted: str, kernel: str, config: Any, tp: int) -> bool:
     """
     experts = hasattr(config, "num_experts")
     # Compiled norms are tuned by each rank for itself and may round apart: a token's experts would differ by rank.
-    if kernel not in ("triton", "flash_attn", "torch_varlen") or (experts and tp > 1):
+    if kernel not in HALF or (experts and tp > 1):
         return False
     return wanted == "on" or (wanted == "auto" and not experts)
 
@@ -368,6 +379,8 @@ def _fit(
         room = _room(kv, predicted(), bounds.measured, budget_fraction, cap, tp)
         room = room if gang is None else gang.smallest(room)
         pages = min(most_pages(bounds.max_batch, max_model_len, kv.page_tokens), room // page_bytes)
+        while pages > 0 and pages * page_bytes + _ends_bytes(kv, pages) > room:
+            pages -= 1
         if kv.device.type == "cuda" and bounds.relax(pages * kv.bytes_page, kv.bytes_page, longest * kv.bytes_page):
             continue
         if pages < 2:
@@ -380,7 +393,7 @@ def _fit(
 def _room(
     kv: KVCache, predicted: Memory, measured: Mapping[str, int], budget_fraction: float, cap: float, tp: int
 ) -> int:
-    """Bytes for KV, by what was measured; for what comes later (graphs, slack), by what is predicted."""
+    """Bytes for KV, by what was measured; for what comes later (graphs, slack of steps), by what is predicted."""
     if kv.device.type == "cpu":
         return int(CPU_POOL_FRACTION / tp * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
     free, total = torch.cuda.mem_get_info(kv.device)
@@ -389,6 +402,10 @@ def _room(
     if cap < 1:  # the rest of the GPU may be others': how much of what is not free is this process's is not told
         room = min(room, int(budget_fraction * cap * total) - own - predicted.context_bytes)
     room -= max(measured["activation_bytes"], measured["logits_bytes"])
-    slack = max(0, predicted.slack_bytes - measured.get("slack_bytes", 0))  # the weights' is in `own`
-    # The engine's own thread will want a workspace too.
-    return room - predicted.graph_bytes - slack - predicted.workspace_bytes // THREADS
+    # What the allocator keeps behind the weights is in `own`. The engine's own thread will want a workspace too.
+    return room - predicted.graph_bytes - SLACK_BYTES - predicted.workspace_bytes // THREADS
+
+
+def _ends_bytes(kv: KVCache, pages: int) -> int:
+    """What torch's allocator keeps behind the tensors of so many pages."""
+    return unused_bytes(kv_sizes(kv.shapes, kv.stored, pages * kv.page_tokens)) if kv.device.type == "cuda" else 0

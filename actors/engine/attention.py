@@ -181,6 +181,11 @@ def kernels_for(device: torch.device | str, dtype: torch.dtype, config: Any = No
         )
     found = installed()
     if not found:
+        if importlib.util.find_spec("flash_attn") is not None:
+            try:
+                _flash_attn()
+            except ImportError as e:
+                raise InputError(f"flash-attn does not load ({e})", wants=_INSTALL) from e
         raise InputError("no attention kernel for half precision is installed", wants=_INSTALL)
     return found
 

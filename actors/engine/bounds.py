@@ -86,8 +86,11 @@ class Bounds:
             failure = e.with_traceback(None)
         else:
             return
+        recorded = "" if self._recorder is None else self._recorder.failed("settle", traced=False)
+        if recorded:
+            self.events["oom_recorded"] += 1
         torch.cuda.empty_cache()
-        log.warning("the largest steps do not fit behind the KV pool: %s", failure)
+        log.warning("the largest steps do not fit behind the KV pool: %s%s", failure, recorded)
 
     def relax(self, pool_bytes: int, page_bytes: int, longest_bytes: int) -> bool:
         """Halve the bound whose steps take most, and measure it again; False where that is not wanted, or not possible.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from actors.engine.attention import attending
 from actors.engine.kv import KVCache
+from actors.engine.oom import is_out_of_memory
 from actors.errors import UnsupportedModel
 
 MAX_ERROR = 0.03
@@ -141,16 +142,16 @@ def fuse(model: Any, kv: KVCache) -> bool:
         every = _watch(model, kv)
         kv_dtype = kv.kv_dtype if kv.quantised else "auto"
         own, fused = (KVCache(kv.shapes, 1, kv.page_tokens, kv.dtype, kv.device, kv_dtype) for _ in range(2))
-        for seen in every:
-            _compare(seen, own, fused)
-    except torch.OutOfMemoryError:
-        raise
+        for i in range(len(every)):  # no name for what is let go of below
+            _compare(every[i], own, fused)
+        del own, fused
     except Exception as e:  # a compiler that is missing or fails does so in many ways
+        if is_out_of_memory(e):
+            raise
         log.warning("queries, keys and values are not fused: %s: %s", type(e).__name__, e)
         return False
-    for layer, seen in zip(model.base_model.layers, every, strict=True):
-        layer.self_attn = FusedAttention(seen)
-    every.clear()
+    for layer in model.base_model.layers:
+        layer.self_attn = FusedAttention(every.pop(0))  # whose projections nobody holds any longer
     if kv.device.type == "cuda":
         torch.cuda.empty_cache()  # the projections that were joined
     return True

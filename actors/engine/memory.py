@@ -319,7 +319,8 @@ def device_used_bytes(device: torch.device) -> int:
             uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
             found = nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByUUID(uuid), version=nvml.nvmlMemory_v2)
             return int(found.total - found.reserved - found.free)
-        except nvml.NVMLError:  # a slice of a GPU, a container that hides it, or a driver before 510
+        # A slice of a GPU, a container that hides it, or a driver before 510; another module of NVML's name.
+        except (nvml.NVMLError, AttributeError, TypeError):
             pass
     free, total = torch.cuda.mem_get_info(device)
     return total - free

@@ -264,10 +264,10 @@ class PagedEngine:
         text = str(error) if isinstance(error, EngineDead) else f"{type(error).__name__}: {error}"
         for row in rows:
             row.fail(EngineDead(text))
-        if self._recorder is not None:
-            self._recorder.close()
         if self.dead:
             self._on_dead(error)
+        if self._recorder is not None:
+            self._recorder.close()
 
     def _read_mail(self, wait: bool) -> bool:
         """Take in what came; waits where nothing is to be done. False: close."""

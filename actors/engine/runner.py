@@ -34,7 +34,6 @@ from torch import Tensor
 from actors.engine.attention import NAME, RUNS, Kernel, Plan, Row, Units, attending, check_kernel, queries_a_tile
 from actors.engine.fused import fuse
 from actors.engine.kv import SCRATCH_PAGE, KVCache, indices, kv_shapes
-from actors.engine.oom import is_out_of_memory
 from actors.engine.protocol import RowStep
 from actors.engine.sampling import choose, wrap_seed
 from actors.engine.support import check_class, check_supported, window_of
@@ -284,14 +283,13 @@ class Runner:
             backend: see `torch.compile`.
 
         Raises:
-            torch.OutOfMemoryError: a step of three tokens does not fit.
             EngineDead: see `shard.ShardedRunner`.
         """
         try:
             self._compile(backend)
+        except EngineDead:
+            raise
         except Exception as e:
-            if isinstance(e, EngineDead) or is_out_of_memory(e):
-                raise
             for layer in self._layers():
                 layer._compiled_call_impl = None
             self._least_tokens = 1

@@ -64,7 +64,7 @@ def test_half_precision_with_graphs_and_a_failing_rank(other, name):
     assert engine.numerics.kernel.endswith("+compiled")
     expected = one_gpu(name, torch.bfloat16)
     assert sum(a.token_ids[0] == b.token_ids[0] for a, b in zip(got, expected, strict=True)) >= len(GREEDY) - 1
-    # The profile pass is not run where the pages are given: the first forward compiles, the second is a prefill.
+    # Where the pages are given the start runs no largest steps: the first forward compiles, the second is a prefill.
     again, engine, _ = answers(other, name, "cuda bfloat16", graphs=False, fail={"fail_at": 2})
     assert engine.numerics.kernel.endswith("+compiled")
     assert engine.events["oom_prefill"] == 1

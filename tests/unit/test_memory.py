@@ -317,21 +317,29 @@ def test_an_engine_keeps_its_report():
 def gpu_of_numbers(monkeypatch, free=60_000 * MIB, own=16_000 * MIB):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80_000 * MIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: own)
-    return types.SimpleNamespace(device=torch.device("cuda"), bytes_page=10 * MIB, page_tokens=16)
+    return types.SimpleNamespace(
+        device=torch.device("cuda"), bytes_page=10 * MIB, page_tokens=16, shapes=[(1, 5 << 15)], stored=BF16
+    )
 
 
 def test_the_pool_is_sized_by_the_measurement(monkeypatch):
     """On a GPU: measured step, predicted graphs and slack; here with a device made of numbers."""
     kv = gpu_of_numbers(monkeypatch)
     predicted = Memory(0, 1, 1, 64 * MIB, 900 * MIB, 0, 100 * MIB)
-    measured = {"activation_bytes": 936 * MIB, "logits_bytes": 200 * MIB, "slack_bytes": 0}
-    # 60,000 free, 8,000 of them beyond the budget; less 936, 900, 100, and 32 for the engine's thread.
-    room = 52_000 - 936 - 900 - 100 - 32
+    measured = {"activation_bytes": 936 * MIB, "logits_bytes": 200 * MIB}
+    # 60,000 free, 8,000 of them beyond the budget; less 936, 900, 64 of steps' slack, and 32 for the engine's thread.
+    room = 52_000 - 936 - 900 - 64 - 32
     assert assemble._room(kv, predicted, measured, 0.9, 1.0, 1) // MIB == room
-    there = measured | {"slack_bytes": 70 * MIB}  # behind the weights, in what this process has
-    assert assemble._room(kv, predicted, there, 0.9, 1.0, 1) // MIB == room + 70
     bounds = types.SimpleNamespace(measured=measured, max_batch=4, relax=lambda *sizes: False)
-    assert assemble._fit(kv, kv.bytes_page, lambda: predicted, bounds, 0.9, 1.0, 1 << 20, None) == room // 10
+    # Keys and values of a page take 5 MiB each: an odd number of pages leaves a MiB behind either tensor.
+    for less, pages in (
+        (0, room // 10),
+        (room % 20 - 11, room // 20 * 2 + 1 - 1),
+        (room % 20 - 12, room // 20 * 2 + 1),
+    ):
+        kv = gpu_of_numbers(monkeypatch, free=(60_000 - less) * MIB)
+        assert assemble._fit(kv, kv.bytes_page, lambda: predicted, bounds, 0.9, 1.0, 1 << 20, None) == pages
+    kv = gpu_of_numbers(monkeypatch)
     assert assemble._fit(kv, 12 * MIB, lambda: predicted, bounds, 0.9, 1.0, 1 << 20, None) == room // 12
     assert assemble._fit(kv, kv.bytes_page, lambda: predicted, bounds, 0.9, 1.0, 32, None) == 4 * 2 + 1
     with pytest.raises(assemble.OutOfMemory, match="no room for KV"):
@@ -342,8 +350,8 @@ def test_under_a_cap_the_rest_of_the_gpu_may_be_held_by_others(monkeypatch):
     kv = gpu_of_numbers(monkeypatch, free=30_000 * MIB, own=2_000 * MIB)
     context = Memory(0, 0, 0, 0, 0, 700 * MIB, 0)
     measured = {"activation_bytes": 0, "logits_bytes": 0}
-    assert assemble._room(kv, context, measured, 0.9, 0.1, 1) // MIB == 0.9 * 8_000 - 2_000 - 700
-    assert assemble._room(kv, context, measured, 0.9, 1.0, 1) // MIB == 30_000 - 8_000
+    assert assemble._room(kv, context, measured, 0.9, 0.1, 1) // MIB == 0.9 * 8_000 - 2_000 - 700 - 64
+    assert assemble._room(kv, context, measured, 0.9, 1.0, 1) // MIB == 30_000 - 8_000 - 64
 
 
 @pytest.mark.parametrize("seconds", [0.0, 2.0, 1e9])

@@ -408,7 +408,8 @@ def test_two_thousand_decisions_a_second_over_a_thousand_replicas():
             made.end(f"w{i}", 1)
             made.ask(ask(f"w{i + 500}"), 0.0)
             made.place(0.0)
-        rounds_s.append((time.process_time() - started_s) * 0.06 / max(0.06, squares_s()))
+        taken_s = time.process_time() - started_s
+        rounds_s.append(taken_s * 0.06 / max(0.06, min(squares_s() for _ in range(3))))
     assert 4 * min(rounds_s) < 1.0
 
 

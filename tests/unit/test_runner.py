@@ -572,6 +572,29 @@ def test_triton_compiles_fp8_from_the_capability_that_is_said():
                 triton.compile(source, target=target)
 
 
+def test_shared_pages_of_the_widest_heads_fit_small_gpus():
+    """Compiled for an A10G, whose programs have 99 KiB of shared memory like an L4's: nothing is run."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from actors.engine.kernels import decode
+
+    kernel, dim = decode._attention_runs, 256
+    constants = {"H": 8, "K": 4, "G": 2, "D": dim, "S": 256, "CAPPED": False, "QUANTIZED": False}
+    constants |= {"M": decode._TILE, "GROUP": 2, "RUNS": 4, "SPLITS": 8, "BLOCK": decode._RUN["BLOCK"]}
+    pointers = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "k_scale": "*fp32", "v_scale": "*fp32", "part": "*fp32"}
+    pointers |= {"log_sum": "*fp32", "table": "*i32", "cu_q": "*i32", "cu_k": "*i32"}
+    types = {
+        name: pointers.get(name)
+        or ("constexpr" if name in constants else "fp32" if name in ("scale", "softcap") else "i32")
+        for name in kernel.arg_names
+    }
+    options = {"num_warps": decode._RUN["num_warps"], "num_stages": decode._run_stages(dim)}
+    made = triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 86, 32), options=options)
+    assert made.metadata.shared <= 101_376
+
+
 def test_bf16_reference_runs():
     model = tiny("llama").to(torch.bfloat16)
     logits = plain_logits(model, prompt(1))[-1].float()

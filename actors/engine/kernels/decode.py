@@ -29,7 +29,7 @@ from actors.engine.kernels import STEP
 
 # Chosen on an H100. Of the programs of a multiprocessor about half are resident at a time.
 _OWN = {"BLOCK": 64, "num_warps": 4, "num_stages": 3}
-_RUN = {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
+_RUN = {"BLOCK": 64, "num_warps": 4}
 _OWN_PROGRAMS, _RUN_PROGRAMS = 8, 2
 _TILE = 64  # queries of a program over shared pages
 
@@ -287,7 +287,7 @@ def attend(
             _attention_runs[(kv_heads, tiles, splits)](
                 q_BHD, *cache_of, run_part, run_sum, runs.table_NP, runs.cu_q_N1, runs.cu_k_N1,
                 rows, *strides, runs.table_NP.stride(0), scale, softcap or 1.0,
-                **constants, M=tile, GROUP=group, RUNS=count, SPLITS=splits, **_RUN,
+                **constants, M=tile, GROUP=group, RUNS=count, SPLITS=splits, **_RUN, num_stages=_run_stages(dim),
             )  # fmt: skip
     _attention_own[(min(_OWN_PROGRAMS * multiprocessors, chunks * kv_heads),)](
         q_BHD, *cache_of, part_IHD, sum_IH, table_BP, lens_B, chunk_row_I, first_chunk_B1, chunk_pages_1,
@@ -303,6 +303,11 @@ def attend(
         H=heads, D=dim, HEADS=at_once, RUNS=count, SPLITS=splits, num_warps=2,
     )  # fmt: skip
     return out_BHD
+
+
+def _run_stages(dim: int) -> int:
+    """Tiles of keys on their way at once: two of head dimension 256 exceed the 99 KiB of an A10G and an L4."""
+    return 2 if dim <= 128 else 1
 
 
 @cache
