@@ -157,16 +157,16 @@ def test_the_first_rung_that_fits(folders):
 
 
 def test_replicas_hours_and_cost(folders):
-    one = options(folders / "70b", "price.usd_per_gpu_hour=2.5", "samples=1000")["H200 141 GB"]
+    one = options(folders / "70b", "price.usd_per_gpu_hour=2.5", "samples=100")["H200 141 GB"]
     assert one.gpu_hours == pytest.approx(2 * one.hours)
     assert one.usd == pytest.approx(2.5 * one.gpu_hours)
-    fixed = options(folders / "70b", "samples=1000", "pools.single.replicas=3")["H200 141 GB"]
+    fixed = options(folders / "70b", "samples=100", "pools.single.replicas=3")["H200 141 GB"]
     assert (fixed.replicas, fixed.usd) == (3, None)
     assert fixed.hours == pytest.approx(one.hours / 3)
-    hurried = options(folders / "70b", "samples=1000", f"limits.max_hours={one.hours / 4.5}")["H200 141 GB"]
+    hurried = options(folders / "70b", "samples=100", f"limits.max_hours={one.hours / 4.5}")["H200 141 GB"]
     assert hurried.replicas == 5
-    # A thousand times the work takes a thousand times as long, once the batch is full.
-    ten = options(folders / "70b", "samples=10000")["H200 141 GB"]
+    # Ten times the work takes ten times as long, once the batch is full.
+    ten = options(folders / "70b", "samples=1000")["H200 141 GB"]
     assert ten.hours == pytest.approx(10 * one.hours, rel=0.01)
 
 
