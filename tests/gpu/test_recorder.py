@@ -1,6 +1,7 @@
 """On a GPU: what is written of a real out of memory, and that the engine goes on."""
 
 import gzip
+import itertools
 import json
 import pickle
 
@@ -57,3 +58,26 @@ def test_a_snapshot_of_the_failure_and_a_trace_of_the_repetition(tmp_path):
     with gzip.open(tmp_path / "rank0-prefill-1.json.gz", "rt") as stream:
         kinds = {event.get("cat") for event in json.load(stream)["traceEvents"]}
     assert {"cpu_op", "kernel"} <= kinds
+
+
+def test_two_traces_in_a_process_that_replays_graphs(tmp_path):
+    """torch's profiler is started, ended and started again; where graphs are, CUPTI has been known to crash of that."""
+    device = torch.device("cuda")
+    recorder = OomRecorder("trace", str(tmp_path), device)
+    model = tiny("llama").to(device, torch.bfloat16)
+    engine = over_model(model, compile="off", **OPTIONS, recorder=recorder)
+    runner = runner_of(engine)
+    assert runner.captured
+    launch, calls = runner.launch, itertools.count()
+
+    def sometimes(*args):
+        if next(calls) in (0, 20):
+            torch.empty(1 << 50, dtype=torch.uint8, device=device)
+        return launch(*args)
+
+    runner.launch = sometimes
+    answers = together(engine, GREEDY)
+    assert len(tokens(answers)) == len(GREEDY)
+    assert engine.events["oom_recorded"] == 2
+    engine.close()
+    assert len(list(tmp_path.glob("*.json.gz"))) == 2
