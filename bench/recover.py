@@ -367,7 +367,7 @@ def sharded(bench: Bench) -> Found:
     return found
 
 
-@case(330)
+@case(540)
 def lost(bench: Bench) -> Found:
     """Three faults, one after the other."""
     found = Found()
@@ -420,7 +420,7 @@ def long_config(bench: Bench, name: str, rows: int, long: int, pools: dict[str, 
     return config
 
 
-@case(330)
+@case(540)
 def long(bench: Bench) -> Found:
     """The singles are drained, the row finishes on the pair, the GPUs come back."""
     found, plain = Found(), Found()
