@@ -245,8 +245,10 @@ def over_model(
     kept = torch.cuda.memory_allocated(device) - before if cuda else 0  # cuBLAS takes its workspace in the check
     kind: Any = Runner if gang is None else partial(ShardedRunner, gang=gang)
     runner: Runner = kind(model, kv, chosen, batch, prefill, length, graphs=graphs, invariant=invariant)
-    with start.part("fuse"):
-        joined = fused and gang is None and runner.fuse()
+    joined = False
+    if fused and gang is None:
+        with start.part("fuse"):
+            joined = runner.fuse()
     before = torch.cuda.memory_allocated(device) - kept if cuda else 0
     if compiles(compile, chosen, model.config, tp):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(loader.cache_folder() / "compiled"))
