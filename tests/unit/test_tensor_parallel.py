@@ -257,7 +257,7 @@ def test_layers_that_one_rank_cannot_compile_run_as_they_are_on_all(others, fres
     expected = tokens(one_process("llama", GREEDY))
     with gang(others, "llama", 2, fail={rank: how}, backend="eager") as engine:
         assert engine.numerics.kernel == "sdpa"
-        assert f"could not be compiled and run as they are: RuntimeError: rank {rank}: " in caplog.text
+        assert f"could not be compiled and run as they are: RankFailed: rank {rank}: " in caplog.text
         assert not engine._runner._runner.compiled
         assert tokens(together(engine, GREEDY)) == expected
 
