@@ -30,6 +30,7 @@ from actors.engine.memory import (
     SLACK_BYTES,
     THREADS,
     device_used_bytes,
+    fitting_pages,
     kv_sizes,
     most_pages,
     predict,
@@ -38,7 +39,7 @@ from actors.engine.memory import (
 )
 from actors.engine.oom import device_works, is_out_of_memory
 from actors.engine.paged import PagedEngine
-from actors.engine.protocol import NO_PAGE, EngineSpec, Memory, MemoryReport, Recorder
+from actors.engine.protocol import NO_PAGE, EngineSpec, Memory, MemoryReport, NoRecorder, Recorder
 from actors.engine.recorder import loading, recorder_of
 from actors.engine.runner import Runner
 from actors.engine.selfcheck import first_right
@@ -226,7 +227,7 @@ def over_model(
         recorder: is told when memory runs out.
         start: has the seconds of what was done before.
     """
-    start = start or Start()
+    start, recorder = start or Start(), recorder or NoRecorder()
     tp = 1 if gang is None else gang.size
     device, dtype, weights = model.device, model.dtype, weights_dtype(model)
     if invariant and dtype != torch.float32:
@@ -287,8 +288,7 @@ def over_model(
             cap = gpu_memory_fraction or 1.0
             count = pages or _fit(kv, page_bytes, predicted, bounds, budget_fraction, cap, length, gang)
     finally:
-        if recorder is not None:  # the engine's steps are another thread's
-            recorder.close()
+        recorder.close()  # the engine's steps are another thread's
     measured = {"weights_bytes": sum(p.nbytes for p in model.parameters()), **bounds.measured}
     with start.part("pool"):
         runner.resize(count)
@@ -296,11 +296,8 @@ def over_model(
     used = device_used_bytes(device) if cuda else 0
     with start.part("graphs"):
         failure = runner.capture()
-    if recorder is not None and failure is not None and is_out_of_memory(failure, partial(device_works, device)):
-        recorded = recorder.failed("capture", traced=False)
-        if recorded:
-            bounds.events["oom_recorded"] += 1
-        log.warning("the capture ran out of memory%s", recorded)
+    if failure is not None and is_out_of_memory(failure, partial(device_works, device)):
+        log.warning("the capture ran out of memory%s", bounds.record("capture", traced=False))
     if cuda:
         measured["graph_bytes"] = device_used_bytes(device) - used
     if cuda and pages is None and chosen in HALF:
@@ -380,9 +377,8 @@ def _fit(
     while True:
         room = _room(kv, predicted(), bounds.measured, budget_fraction, cap, tp)
         room = room if gang is None else gang.smallest(room)
-        pages = min(most_pages(bounds.max_batch, max_model_len, kv.page_tokens), room // page_bytes)
-        while pages > 0 and pages * page_bytes + _ends_bytes(kv, pages) > room:
-            pages -= 1
+        most = most_pages(bounds.max_batch, max_model_len, kv.page_tokens)
+        pages = fitting_pages(room, page_bytes, most, partial(_ends_bytes, kv))
         if kv.device.type == "cuda" and bounds.relax(pages * kv.bytes_page, kv.bytes_page, longest * kv.bytes_page):
             continue
         if pages < 2:

@@ -16,7 +16,7 @@ import torch
 
 from actors.engine.gang import Gang
 from actors.engine.oom import is_out_of_memory
-from actors.engine.protocol import Recorder
+from actors.engine.protocol import NoRecorder, Recorder
 from actors.engine.runner import Runner
 from actors.errors import OutOfMemory
 
@@ -46,7 +46,7 @@ class Bounds:
     """
 
     def __init__(self, runner: Runner, gang: Gang | None = None, recorder: Recorder | None = None):
-        self._runner, self._gang, self._recorder = runner, gang, recorder
+        self._runner, self._gang, self._recorder = runner, gang, recorder or NoRecorder()
         self.measured: dict[str, int] = {}
         self.events: Counter[str] = Counter()
 
@@ -86,11 +86,16 @@ class Bounds:
             failure = e.with_traceback(None)
         else:
             return
-        recorded = "" if self._recorder is None else self._recorder.failed("settle", traced=False)
-        if recorded:
-            self.events["oom_recorded"] += 1
+        recorded = self.record("settle", traced=False)
         torch.cuda.empty_cache()
         log.warning("the largest steps do not fit behind the KV pool: %s%s", failure, recorded)
+
+    def record(self, stage: str, traced: bool = True) -> str:
+        """Memory ran out: where that is recorded, as the end of a log line."""
+        recorded = self._recorder.failed(stage, traced)
+        if recorded:
+            self.events["oom_recorded"] += 1
+        return recorded
 
     def relax(self, pool_bytes: int, page_bytes: int, longest_bytes: int) -> bool:
         """Halve the bound whose steps take most, and measure it again; False where that is not wanted, or not possible.
@@ -126,12 +131,8 @@ class Bounds:
                     raise
                 failure = e.with_traceback(None)  # its frames hold the step's tensors
             finally:
-                if self._recorder is not None:
-                    self._recorder.ended()
-            recorded = "" if self._recorder is None else self._recorder.failed(_STAGES[name])
-            log.warning("a step of the start failed: %s%s", failure, recorded)
-            if recorded:
-                self.events["oom_recorded"] += 1
+                self._recorder.ended()
+            log.warning("a step of the start failed: %s%s", failure, self.record(_STAGES[name]))
             torch.cuda.empty_cache()
             self.events[_EVENTS[name][0]] += 1
             if not self._halve(name):

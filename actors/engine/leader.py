@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from actors.engine.oom import is_out_of_memory
-from actors.engine.protocol import Recorder, RowStep
+from actors.engine.protocol import NoRecorder, Recorder, RowStep
 from actors.engine.shard import ShardedRunner
 from actors.errors import EngineDead
 from actors.messages import Sampling
@@ -138,15 +138,15 @@ def lead(runner: ShardedRunner, recorder: Recorder | None = None) -> Leader:
     """Rank 0's leader; the other ranks follow until it closes, and then raise SystemExit."""
     if runner.gang.rank == 0:
         return Leader(runner)
+    recorder = recorder or NoRecorder()
     try:
         follow(runner, recorder)
     finally:
-        if recorder is not None:
-            recorder.close()
+        recorder.close()
     raise SystemExit(0)
 
 
-def follow(runner: ShardedRunner, recorder: Recorder | None = None) -> None:
+def follow(runner: ShardedRunner, recorder: Recorder) -> None:
     """Ranks 1 and up: do what rank 0 says until it closes.
 
     Args:
@@ -183,7 +183,7 @@ def follow(runner: ShardedRunner, recorder: Recorder | None = None) -> None:
         except Exception as e:
             failure = e.with_traceback(None)  # all ranks agreed on it; rank 0's engine decides what to do
         recorded = ""
-        if recorder is not None and command is Command.STEP:
+        if command is Command.STEP:
             recorder.ended()
             recorded = recorder.failed("step") if failure is not None and is_out_of_memory(failure) else ""
         if failure is not None:

@@ -267,11 +267,22 @@ def predict(
         return SLACK_BYTES + unused_bytes([*sizes, *kv_sizes(shapes, stored, pages * PAGE_TOKENS)])
 
     room = budget - bare.fixed_bytes + bare.slack_bytes
-    pages = min(max(0, room - bare.slack_bytes) // page_bytes, most_pages(max_batch, max_model_len))
-    while pages > (fitting := max(0, room - slack(pages)) // page_bytes):
-        pages = fitting
+    most = min(most_pages(max_batch, max_model_len), max(0, room - bare.slack_bytes) // page_bytes)
+    pages = fitting_pages(room, page_bytes, most, slack)
     pool_bytes = pages * kv_token_bytes(config, dtype, kv_dtype, tp) * PAGE_TOKENS
     return replace(bare, slack_bytes=slack(pages), pool_bytes=pool_bytes)
+
+
+def fitting_pages(room_bytes: int, page_bytes: int, most: int, ends_bytes: Callable[[int], int]) -> int:
+    """Pages that fit `room_bytes` with what torch's allocator keeps behind them, `most` at most.
+
+    Args:
+        ends_bytes: behind so many pages.
+    """
+    pages = min(max(0, room_bytes) // page_bytes, most)
+    while pages > (fitting := max(0, room_bytes - ends_bytes(pages)) // page_bytes):
+        pages = fitting
+    return pages
 
 
 def most_pages(max_batch: int, max_model_len: int, page_tokens: int = PAGE_TOKENS) -> int:

@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 
 from actors.engine.oom import device_works, is_out_of_memory
 from actors.engine.pages import PageAllocator
-from actors.engine.protocol import Capacity, Drawn, MemoryReport, Recorder, Request, RowStep, Runner
+from actors.engine.protocol import Capacity, Drawn, MemoryReport, NoRecorder, Recorder, Request, RowStep, Runner
 from actors.engine.scheduler import Row, Scheduler, Work
 from actors.errors import Cancelled, ContextOverflow, EngineDead, EngineError, OutOfMemory
 from actors.messages import FinishReason, Generation, Numerics, Usage
@@ -136,7 +136,7 @@ class PagedEngine:
         self._min_prefill_tokens = min(min_prefill_tokens, max_prefill_tokens)
         self._grow_after = grow_after
         self._drop_caches, self._on_dead, self._clock = drop_caches, on_dead, clock
-        self._on_close, self._works, self._recorder = on_close, works, recorder
+        self._on_close, self._works, self._recorder = on_close, works, recorder or NoRecorder()
         self._squeezed, self._patience_s, self._waited_s = squeezed, patience_s, 0.0
         self._events: dict[str, int] = dict.fromkeys(_EVENTS.split(), 0) | dict(events or {})
         self._evictions_before = 0  # in pools that were replaced
@@ -266,8 +266,7 @@ class PagedEngine:
             row.fail(EngineDead(text))
         if self.dead:
             self._on_dead(error)
-        if self._recorder is not None:
-            self._recorder.close()
+        self._recorder.close()
 
     def _read_mail(self, wait: bool) -> bool:
         """Take in what came; waits where nothing is to be done. False: close."""
@@ -392,8 +391,7 @@ class PagedEngine:
                 self._keep(part, further, now_s)
         self._failing = False
         self._waited_s = 0.0
-        if self._recorder is not None:
-            self._recorder.ended()
+        self._recorder.ended()
         self._grow()
         return True
 
@@ -498,8 +496,7 @@ class PagedEngine:
         self._good_steps = 0
         self._events[_event(work, oom)] += 1
         said = f"{type(error).__name__}: {str(error).partition('. ')[0]}"
-        if self._recorder is not None:
-            self._recorder.ended()
+        self._recorder.ended()
         recorded = self._record(work) if oom else ""
         log.warning("a step of %d rows and %d tokens failed: %s%s", rows, tokens, said, recorded)
         if oom:
@@ -529,8 +526,6 @@ class PagedEngine:
 
     def _record(self, work: list[Work]) -> str:
         """Before anything is done about it: where this out of memory is recorded, as the end of a log line."""
-        if self._recorder is None:
-            return ""
         recorded = self._recorder.failed("prefill" if any(part.prefill for part in work) else "decode")
         self._events["oom_recorded"] += bool(recorded)
         return recorded

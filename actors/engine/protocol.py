@@ -291,3 +291,17 @@ class Recorder(Protocol):
     def close(self) -> None:
         """No step follows from this thread. Can be repeated."""
         ...
+
+
+class NoRecorder:
+    """A `Recorder` that keeps nothing."""
+
+    def failed(self, stage: str, traced: bool = True) -> str:
+        """Nowhere."""
+        return ""
+
+    def ended(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""

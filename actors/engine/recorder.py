@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from actors.engine.oom import is_out_of_memory
-from actors.engine.protocol import EngineSpec, Recorder
+from actors.engine.protocol import EngineSpec, NoRecorder, Recorder
 from actors.errors import InputError, OutOfMemory
 
 log = logging.getLogger(__name__)
@@ -189,10 +189,9 @@ def loading(model: str, recorder: Recorder | None) -> Generator[None]:
     except Exception as e:
         if not is_out_of_memory(e):
             raise
-        recorded = "" if recorder is None else recorder.failed("load", traced=False)
-        log.warning("the weights of %s do not fit: %s%s", model, e, recorded)
-        if recorder is not None:
-            recorder.close()
+        recorder = recorder or NoRecorder()
+        log.warning("the weights of %s do not fit: %s%s", model, e, recorder.failed("load", traced=False))
+        recorder.close()
         raise OutOfMemory(f"the weights of {model} do not fit: {e}", "load") from e
 
 

@@ -28,7 +28,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from actors.engine import loader
 from actors.engine.int8 import weights_dtype
 from actors.engine.oom import is_out_of_memory
-from actors.engine.protocol import Capacity, EngineSpec, Recorder, Request
+from actors.engine.protocol import Capacity, EngineSpec, NoRecorder, Recorder, Request
 from actors.engine.recorder import loading, recorder_of
 from actors.engine.sampling import choose, wrap_seed
 from actors.errors import Cancelled, ContextOverflow, EngineDead, EngineError, InputError, OutOfMemory
@@ -213,8 +213,7 @@ class _Batch:
         now = time.monotonic()
         share_s, self.clock = (now - self.clock) / max(1, sum(self.active)), now
         self.engine.since_s = now
-        if self.engine.recorder is not None:
-            self.engine.recorder.ended()
+        self.engine.recorder.ended()
         for index, (row, (token, logprob)) in enumerate(zip(self.rows, self.drawn, strict=True)):
             if not self.active[index]:
                 continue
@@ -296,7 +295,7 @@ class ReferenceEngine:
         self.since_s: float | None = None  # when the step under way began
         self._max_batch = 1 if numerics == "invariant" else max(1, max_batch)
         self._bound = self._max_batch  # halved by an out-of-memory, grows back
-        self._gather_s, self.recorder = gather_s, recorder
+        self._gather_s, self.recorder = gather_s, recorder or NoRecorder()
         self._queue: deque[_Row] = deque()
         self._running: list[_Row] = []
         self._closed: str | None = None  # why
@@ -387,7 +386,7 @@ class ReferenceEngine:
                 self._bound = min(self._bound + 1, self._max_batch)
                 self._fail(left, EngineError, "generate ended early", None)
             elif is_out_of_memory(error):
-                recorded = "" if self.recorder is None else self.recorder.failed("step")
+                recorded = self.recorder.failed("step")
                 log.warning("a batch of %d rows ran out of memory: %s%s", len(rows), error, recorded)
                 _free()
                 self._retry(left, len(rows), error)
@@ -402,8 +401,7 @@ class ReferenceEngine:
             with self._changed:
                 self._running = []
             del error, left, rows
-        if self.recorder is not None:
-            self.recorder.close()
+        self.recorder.close()
 
     def _admit(self) -> list[_Row]:
         """Wait for work; empty when closed."""
