@@ -511,7 +511,7 @@ class Pool:
         """The first row of a heap that fits somewhere, and where; those that do not are added to `refused`."""
         passed: list[tuple[float, int, int]] = []
         found = None
-        while heap and len(passed) <= self.LOOK_PAST and found is None:
+        while heap and len(passed) <= self.LOOK_PAST:
             entry = heapq.heappop(heap)
             if self.ticket[entry[2]] != entry[1]:
                 continue

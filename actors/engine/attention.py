@@ -361,13 +361,13 @@ def _attend_fake(
 
 def _attend_qkv(
     qkv_TW: Tensor,
+    width: int,
     cos_TD: Tensor,
     sin_TD: Tensor,
     q_norm_D: Tensor | None,
     k_norm_D: Tensor | None,
     eps: float,
     layer: int,
-    kv_heads: int,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -375,26 +375,13 @@ def _attend_qkv(
     plan = _current.plan
     if not isinstance(plan, Plan) or plan.kernel != "triton":
         raise RuntimeError("fused attention was called outside a step of the Triton kernels")
-    cache, scales = (plan.kv.k[layer], plan.kv.v[layer]), (plan.kv.k_scale[layer], plan.kv.v_scale[layer])
+    cache, scales = _pages(plan, layer)
     q_THD = _triton_kernels().enter(qkv_TW, cos_TD, sin_TD, q_norm_D, k_norm_D, eps, *cache, plan.slots_T, *scales)
-    return _triton_written(plan, q_THD, layer, scale, window, softcap).flatten(1)
+    return _triton_written(plan, q_THD, layer, scale, window, softcap).view(-1, width)
 
 
-def _attend_qkv_fake(
-    qkv_TW: Tensor,
-    cos_TD: Tensor,
-    sin_TD: Tensor,
-    q_norm_D: Tensor | None,
-    k_norm_D: Tensor | None,
-    eps: float,
-    layer: int,
-    kv_heads: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    tokens, width = qkv_TW.shape
-    return qkv_TW.new_empty(tokens, width - 2 * kv_heads * cos_TD.shape[1])
+def _attend_qkv_fake(qkv_TW: Tensor, width: int, *_: Any) -> Tensor:
+    return qkv_TW.new_empty(qkv_TW.shape[0], width)
 
 
 def _flash(
@@ -432,9 +419,15 @@ def _triton(
     softcap: float | None,
 ) -> Tensor:
     q_THD, k_TKD, v_TKD = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_THD, k_TKD, v_TKD))
-    cache, scales = (plan.kv.k[layer], plan.kv.v[layer]), (plan.kv.k_scale[layer], plan.kv.v_scale[layer])
+    cache, scales = _pages(plan, layer)
     _triton_kernels().write(k_TKD, v_TKD, *cache, plan.slots_T, *scales)
     return _triton_written(plan, q_THD, layer, scale, window, softcap)
+
+
+def _pages(plan: Plan, layer: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+    """Keys and values of a layer as they are kept, and their scales."""
+    kv = plan.kv
+    return (kv.k[layer], kv.v[layer]), (kv.k_scale[layer], kv.v_scale[layer])
 
 
 def _triton_written(
@@ -444,7 +437,7 @@ def _triton_written(
     units = plan.units
     if units is None:
         raise RuntimeError("a step for the Triton kernels was not cut into units")
-    cache, scales = (plan.kv.k[layer], plan.kv.v[layer]), (plan.kv.k_scale[layer], plan.kv.v_scale[layer])
+    cache, scales = _pages(plan, layer)
     kernels = _triton_kernels()
     rows = (plan.lens_R, plan.table_RP, units.row_I, units.first_R1)
     if plan.decode:
@@ -602,8 +595,8 @@ torch.library.custom_op(
     "berth::attend_qkv",
     _attend_qkv,
     mutates_args=(),
-    schema="(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, float eps, SymInt layer, "
-    "int kv_heads, float scale, int? window, float? softcap) -> Tensor",
+    schema="(Tensor qkv, SymInt width, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, float eps, "
+    "SymInt layer, float scale, int? window, float? softcap) -> Tensor",
 )
 torch.library.register_fake("berth::attend_qkv", _attend_qkv_fake)
 AttentionInterface.register(NAME, _attention)

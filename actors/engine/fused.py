@@ -66,7 +66,7 @@ class FusedAttention(nn.Module):
         self.o_proj = seen.own.o_proj
         self.layer_idx: int = seen.own.layer_idx
         self.q_norm, self.k_norm, self.eps = norms
-        self.kv_heads = seen.k_TKD.shape[1]
+        self.width = seen.q_THD[0].numel()
         self.scale, self.window, self.softcap = seen.scale, seen.window, seen.softcap
 
     def forward(
@@ -86,13 +86,13 @@ class FusedAttention(nn.Module):
         cos, sin = position_embeddings
         out_TW = torch.ops.berth.attend_qkv(
             nn.functional.linear(hidden_states[0], self.weight, self.bias),
+            self.width,
             cos[0],
             sin[0],
             self.q_norm,
             self.k_norm,
             self.eps,
             self.layer_idx,
-            self.kv_heads,
             self.scale,
             self.window,
             self.softcap,

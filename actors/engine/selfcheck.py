@@ -145,6 +145,13 @@ def _error(
     ]
     slots_T = torch.tensor(at, device=like.device)
     row_I = ints([*chain.from_iterable(repeat(row, count) for row, count in enumerate(parts))])
+    units = Units(row_I, sums(parts), queries, ints([1]))
+    if shared:
+        from actors.engine.kernels.decode import Runs  # torch does not bring Triton everywhere
+
+        none = [0] * (RUNS - 1)
+        of_runs = ints([run] + [[0] * SHARED_PAGES] * (RUNS - 1))
+        units.runs = Runs(sums([len(LENGTHS) - 1, *none]), sums([SHARED_PAGES * like.page_tokens, *none]), of_runs)
     plan = Plan(
         kv=kv,
         kernel=kernel,
@@ -157,15 +164,9 @@ def _error(
         max_k=max(row.start + row.tokens for row in rows),
         decode=decode,
         rows=rows,
-        units=Units(row_I, sums(parts), queries, ints([1])),
+        units=units,
         pages_N=torch.arange(pages, device=like.device),
     )
-    if shared and plan.units is not None:
-        from actors.engine.kernels.decode import Runs  # torch does not bring Triton everywhere
-
-        none = [0] * (RUNS - 1)
-        of_runs = ints([run] + [[0] * SHARED_PAGES] * (RUNS - 1))
-        plan.units.runs = Runs(sums([len(LENGTHS) - 1, *none]), sums([SHARED_PAGES * like.page_tokens, *none]), of_runs)
     # Scores large enough that a soft cap shows; behind shared pages small ones, so that no key outweighs all the others
     # and a wrong weight of a partial sum shows.
     q_THD = draw(sum(new), q_heads, head_dim) * (1 if shared else 16)

@@ -70,7 +70,7 @@ def _attention_qkv(
 
     g = tl.arange(0, GP)
     heads = head * G + g
-    mask = (g < G)[:, None] & (d < D)[None, :]
+    mask = (g < G)[:, None]
     low, high = _halves(new, heads, mask, d, D)
     low, high = _turned(low, high, q_norm, d, eps, cos_low, cos_high, sin_low, sin_high, D, NORM)
     where = out + token * K * G * D + heads[:, None] * D + d[None, :]
@@ -79,12 +79,12 @@ def _attention_qkv(
 
     one = head + tl.arange(0, 1)
     at = tl.load(slots + token) * K + head
-    low, high = _halves(new + K * G * D, one, (d < D)[None, :], d, D)
+    low, high = _halves(new + K * G * D, one, (one < K)[:, None], d, D)
     low, high = _turned(low, high, k_norm, d, eps, cos_low, cos_high, sin_low, sin_high, D, NORM)
     # Rounded before they are quantised, as in `write`, so that both give the same.
     dtype = qkv.dtype.element_ty
     _keep(low.to(dtype).to(tl.float32), high.to(dtype).to(tl.float32), k_cache, k_scales, at, d, D, MOST)
-    low, high = _halves(new + K * (G + 1) * D, one, (d < D)[None, :], d, D)
+    low, high = _halves(new + K * (G + 1) * D, one, (one < K)[:, None], d, D)
     _keep(low, high, v_cache, v_scales, at, d, D, MOST)
 
 
