@@ -25,9 +25,10 @@ INTERRUPTED = "Tool {} was interrupted by a crash after it was called; whether i
 class Replayed:
     """`generate` and tools of one trajectory, with what earlier attempts recorded first.
 
-    Recorded generations are not computed again. A tool's recorded result is what the model sees; the tool itself is
-    called again only to rebuild the state of its instance, and never where it is not idempotent. A call of such a
-    tool whose result is not on record is not repeated: it counts as a crash of the tool.
+    Recorded generations are not computed again, and none begins before the one before is on record: a crash costs the
+    call under way and no other. A tool's recorded result is what the model sees; the tool itself is called again only
+    to rebuild the state of its instance, and never where it is not idempotent. A call of such a tool whose result is
+    not on record is not repeated: it counts as a crash of the tool.
 
     Args:
         generate, toolbox: the real ones.
@@ -40,14 +41,17 @@ class Replayed:
         self._toolbox = toolbox
         self._events = deque(events)
         self._record = record
+        self._recorded: Awaitable[None] | None = None  # the last generation of this attempt
 
     async def generate(self, token_ids: Sequence[int], turn: Turn) -> Generation:
         """The recorded generation, or a new one."""
         if (event := self._next("generation")) is not None:
             usage = Usage(**event["usage"])
             return Generation(tuple(event["token_ids"]), event["finish_reason"], usage)
+        if self._recorded is not None:  # while it was made durable, the tool ran
+            await self._recorded
         found = await self._generate(token_ids, turn)
-        self._record(
+        self._recorded = self._record(
             {
                 "kind": "generation",
                 "token_ids": found.token_ids,

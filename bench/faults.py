@@ -35,7 +35,7 @@ from ray.util.state import list_actors, list_nodes
 from bench.clusters import RAY, ROOT, Cluster, Job, free_ports, ray_cluster, wait_for
 from bench.common import device_info, print_table, write_json
 from bench.s3 import BUCKET, s3_server
-from bench.scripted import finished_rows, lines_in, write_suite
+from bench.scripted import finished_rows, generations, lines_in, write_suite
 from bench.scripted import script as script_of
 from bench.tiny import write_tiny_model
 from pipeline.tables import filesystem
@@ -98,7 +98,12 @@ class Bench:
 
     def calls(self) -> list[str]:
         """Row ids of the engine's calls, in order."""
-        return [line.split()[0] for line in lines_in(self.folder / f"calls-{self.name}")]
+        return [row_id for row_id, _ in self.steps()]
+
+    def steps(self) -> list[tuple[str, int]]:
+        """Of which row, and from 1 for which of its steps, the engine was called, in order."""
+        lines = map(str.split, lines_in(self.folder / f"calls-{self.name}"))
+        return [(row_id, int(step)) for row_id, step in lines]
 
     def start(
         self,
@@ -236,11 +241,14 @@ def steps_resumed(bench: Bench) -> Outcome:
     job.until_calls(STEPS * bench.rows // 2)
     job.process.kill()
     job.end()
-    calls, since = len(bench.calls()), time.monotonic()
+    held, calls, since = generations(bench.out), len(bench.calls()), time.monotonic()
     again = bench.start("--set", "journal=steps")
     found = Outcome([], bench.recovered(since, calls))
     found.ends = [again.end()]
-    if (most := max(Counter(bench.calls()).values())) > STEPS + 1:
+    steps = Counter(bench.steps())
+    if twice := [row_id for (row_id, step), count in steps.items() if count > 1 and step <= held[row_id]]:
+        found.problems.append(f"{len(twice)} calls were made again whose answers the journal held")
+    if (most := max(Counter(bench.calls()).values())) > STEPS + 1:  # one is under way
         found.problems.append(f"a row's calls were made {most} times")
     return found
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 SEARCH = "[search: {corpus: corpus.jsonl}]"
 
@@ -51,11 +53,18 @@ def script(**settings: object) -> dict[str, str]:
 
 def finished_rows(out: Path) -> set[str]:
     """Rows that the journal of a run folder holds as finished."""
-    found: set[str] = set()
+    return {record["row_id"] for record in _records(out) if record["kind"] == "finish"}
+
+
+def generations(out: Path) -> Counter[str]:
+    """How many of each row the journal of a run folder holds (`journal: steps`)."""
+    events = {(record["row_id"], record["n"], record["event"]["kind"]) for record in _records(out) if "event" in record}
+    return Counter(row_id for row_id, _, kind in events if kind == "generation")  # a merge may have left two copies
+
+
+def _records(out: Path) -> Iterator[dict[str, Any]]:
     for path in (out / "journal").glob("*.jsonl"):
-        records = map(json.loads, path.read_text().splitlines())
-        found |= {record["row_id"] for record in records if record["kind"] == "finish"}
-    return found
+        yield from map(json.loads, path.read_text().splitlines())
 
 
 def lines_in(path: Path) -> list[str]:

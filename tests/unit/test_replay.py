@@ -98,6 +98,42 @@ async def test_resumed_anywhere_it_ends_the_same(idempotent, dies_after):
         assert sum("interrupted by a crash" in text for text in seen) == interrupted
 
 
+async def test_no_generation_begins_before_the_one_before_is_on_record():
+    class Slow(Run):
+        """Its records become durable when they are told to."""
+
+        def record(self, event):
+            super().record(event)
+            return self.storage
+
+    run = Slow((), idempotent=True)
+    run.storage = asyncio.get_running_loop().create_future()
+    going = asyncio.create_task(run.go())
+    while not run.calls:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)
+    assert (len(run.generated), run.calls) == (1, [1]), "the tool need not wait, the next generation must"
+    run.storage.set_result(None)
+    await going
+    assert len(run.generated) == 2
+
+
+async def test_after_a_lost_record_nothing_is_generated():
+    class Lost(Run):
+        """Its journal is gone."""
+
+        def record(self, event):
+            future = asyncio.get_running_loop().create_future()
+            future.set_exception(ConnectionError("gone"))
+            future.exception()  # marked as seen: not every caller waits
+            return future
+
+    run = Lost((), idempotent=True)
+    with pytest.raises(ConnectionError):
+        await run.go()
+    assert len(run.generated) == 1
+
+
 async def test_an_interrupted_call_counts_as_a_crash():
     run = Run(
         [{"kind": "generation", "token_ids": [1], "finish_reason": "stop", "usage": {}}, {"kind": "call"}],
