@@ -1,5 +1,4 @@
-"""Attention layers with one product for queries, keys and values, and one kernel from there to the pages; and MLPs with
-one product for their two inputs.
+"""Attention layers with one product for queries, keys and values, and one kernel from there to the pages.
 
 A layer's own forward is asked first what it computes: a few random tokens pass through it, and what it hands to
 attention (queries, keys, values, scale, window, soft cap) is kept. The layer is replaced only where the fused one gives
@@ -101,24 +100,6 @@ class FusedAttention(nn.Module):
         return self.o_proj(out_TW).unsqueeze(0), None
 
 
-class FusedMLP(nn.Module):
-    """Stands for a gated MLP (Shazeer 2020, GLU variants), whose two inputs it joins.
-
-    Args:
-        own: that module; its activation and last projection are kept.
-    """
-
-    def __init__(self, own: Any):
-        super().__init__()
-        self.weight = nn.Parameter(torch.cat([own.gate_proj.weight, own.up_proj.weight]), requires_grad=False)
-        self.down_proj, self.act_fn = own.down_proj, own.act_fn
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., E] → [.., E]."""
-        gate, up = nn.functional.linear(x, self.weight).chunk(2, -1)
-        return self.down_proj(self.act_fn(gate) * up)
-
-
 def parts(own: Any) -> tuple[list[nn.Linear], tuple[Tensor | None, Tensor | None, float]]:
     """The projections of queries, keys and values; and what normalised queries and keys are multiplied by, fp32 [D],
     None where they are not normalised, and the norms' epsilon.
@@ -148,8 +129,7 @@ def _biased(layer: Any) -> bool:
 
 @torch.no_grad()
 def fuse(model: Any, kv: KVCache) -> bool:
-    """Replace the attention modules of a model's decoder layers by fused ones, if these give the same in all of them;
-    and plain gated MLPs.
+    """Replace the attention modules of a model's decoder layers by fused ones, if these give the same in all of them.
 
     Args:
         model: with our attention set, before its layers are compiled.
@@ -172,25 +152,9 @@ def fuse(model: Any, kv: KVCache) -> bool:
         return False
     for layer in model.base_model.layers:
         layer.self_attn = FusedAttention(every.pop(0))  # whose projections nobody holds any longer
-        _join_mlp(layer)
     if kv.device.type == "cuda":
         torch.cuda.empty_cache()  # the projections that were joined
     return True
-
-
-def _join_mlp(layer: Any) -> None:
-    """Fuse a layer's MLP where that gives the same; one of experts, with biases or another formula stays as it is."""
-    own = layer.mlp
-    names = ("gate_proj", "up_proj", "down_proj")
-    linear = [one for name in names if type(one := getattr(own, name, None)) is nn.Linear and not _biased(one)]
-    if len(linear) < len(names) or not hasattr(own, "act_fn"):
-        return
-    weight = linear[0].weight
-    x_TE = torch.linspace(-2, 2, _TOKENS * weight.shape[1], dtype=weight.dtype, device=weight.device).sin()
-    x_TE = x_TE.view(_TOKENS, -1)
-    fused, wanted = FusedMLP(own), own(x_TE).float()
-    if float((fused(x_TE).float() - wanted).norm()) < MAX_ERROR * float(wanted.norm()):
-        layer.mlp = fused
 
 
 def _watch(model: Any, kv: KVCache) -> list[_Seen]:
