@@ -51,9 +51,9 @@ def test_a_snapshot_of_the_failure_and_a_trace_of_the_repetition(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rank0-prefill-1.json.gz", "rank0-prefill-1.pickle"]
     with (tmp_path / "rank0-prefill-1.pickle").open("rb") as stream:
         snapshot = pickle.load(stream)
-    [oom] = [entry for entry in snapshot["device_traces"][0] if entry["action"] == "oom"]
-    assert oom["size"] == 1 << 50
-    assert any(frame["name"] == "once" for frame in oom["frames"])
+    ooms = [entry for entry in snapshot["device_traces"][0] if entry["action"] == "oom"]  # torch tries twice
+    assert {entry["size"] for entry in ooms} == {1 << 50}
+    assert any(frame["name"] == "once" for frame in ooms[0]["frames"])
     assert snapshot["segments"]
     with gzip.open(tmp_path / "rank0-prefill-1.json.gz", "rt") as stream:
         kinds = {event.get("cat") for event in json.load(stream)["traceEvents"]}
