@@ -678,7 +678,7 @@ def make_cells(args: argparse.Namespace) -> tuple[list[Cell], list[Trace]]:
         for at, n in enumerate(args.trajectories)
     ]
     if args.replay:
-        tokenizer = loader.load_tokenizer(loader.resolve(args.tokenizer).folder)
+        tokenizer = loader.load_tokenizer(loader.resolve(args.tokenizer, weights=False).folder)
         read = partial(read_traces, args.replay, args.fewshot, tokenizer, vocabulary=vocabulary)
         prefix = first_difference(*(trace.prompt for trace in read(2, args.seed)))
         n = args.replay_trajectories
