@@ -5,6 +5,7 @@ cache. `floor_us` is the rows' own keys and values over the device's copy rate. 
 Prefill likewise: follow-ups of a few hundred tokens behind long contexts, questions behind a prefix, long prompts.
 
     python -m bench.attention --out bench/results/attention.json
+    python -m bench.attention --tune
 """
 
 from __future__ import annotations
@@ -193,11 +194,45 @@ def prefill_rows(heads: tuple[int, int, int], new: Sequence[int], start: Sequenc
     ]
 
 
+def tune() -> None:
+    """Print what decode takes under other settings of its kernels; the first line of each table is what is set."""
+    cases = {}
+    for mean in (100, 700):
+        drawn = random.Random(1)
+        cases[mean] = Case(HEADS["8b"], 6, [drawn.randint(mean // 2, mean * 3 // 2) for _ in range(256)])
+
+    def line(**setting: Any) -> dict[str, Any]:
+        try:
+            return setting | {f"us, {mean} own tokens": microseconds(case.triton, 10) for mean, case in cases.items()}
+        except Exception as e:  # a compiler refuses in many ways
+            return setting | {"failed": str(e)[:60]}
+
+    runs, tile, programs, stages = decode._RUN, decode._TILE, decode._RUN_PROGRAMS, decode._run_stages
+    lines = [line(tile=tile, programs=programs, stages=2, **runs)]
+    for size, warps, count, block, many in itertools.product((64, 128), (4, 8), (1, 2, 4), (64, 128), (2, 3)):
+        decode._RUN, decode._TILE, decode._RUN_PROGRAMS = {"BLOCK": block, "num_warps": warps}, size, count
+        decode._run_stages = lambda _, many=many: many
+        lines.append(line(tile=size, programs=count, stages=many, **decode._RUN))
+    decode._RUN, decode._TILE, decode._RUN_PROGRAMS, decode._run_stages = runs, tile, programs, stages
+    print_table("shared runs", lines)
+    own, programs = decode._OWN, decode._OWN_PROGRAMS
+    lines = [line(programs=programs, **own)]
+    for block, warps, many, count in itertools.product((64, 128), (2, 4), (2, 3, 4), (4, 8, 16)):
+        decode._OWN, decode._OWN_PROGRAMS = {"BLOCK": block, "num_warps": warps, "num_stages": many}, count
+        lines.append(line(programs=count, **decode._OWN))
+    decode._OWN, decode._OWN_PROGRAMS = own, programs
+    print_table("own pages", lines)
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true", help="try other settings of the decode kernels instead")
     parser.add_argument("--out", help="JSON file to write")
     args = parser.parse_args()
+    if args.tune:
+        tune()
+        return
     rates = measured_rates("cuda")
     decoded: list[dict[str, Any]] = []
     work = [("8b", 6, 256, 200), ("8b", 6, 256, 700), ("8b", 6, 64, 700), ("8b", 6, 16, 700), ("8b", 6, 2, 700)]

@@ -41,7 +41,7 @@ import torch
 
 from actors.agent import Limits
 from actors.engine.assemble import MAX_BATCH, over_model
-from actors.engine.memory import PAGE_TOKENS
+from actors.engine.attention import kernels_for, page_tokens_of
 from actors.engine.paged import PagedEngine
 from actors.engine.protocol import Request
 from actors.ledger import Ledger, Reporter, slots
@@ -115,11 +115,11 @@ def make_jobs(n: int, seed: int, *, prefix: int, vocabulary: int, waits: bool, s
     return jobs
 
 
-def pool_pages(jobs: Sequence[Job], prefix: int, rows: int) -> int:
+def pool_pages(jobs: Sequence[Job], prefix: int, rows: int, page_tokens: int) -> int:
     """KV pages that `rows` trajectories take at their mean size over all calls, and the scratch page."""
-    shared = prefix // PAGE_TOKENS
-    own = [-(-len(context) // PAGE_TOKENS) - shared for job in jobs for context in job.trace.contexts()]
-    largest = max(-(-len(job.trace.contexts()[-1]) // PAGE_TOKENS) for job in jobs) + 1
+    shared = prefix // page_tokens
+    own = [-(-len(context) // page_tokens) - shared for job in jobs for context in job.trace.contexts()]
+    largest = max(-(-len(job.trace.contexts()[-1]) // page_tokens) for job in jobs) + 1
     return 1 + max(largest, shared + round(rows * statistics.fmean(own)))
 
 
@@ -425,13 +425,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return make_jobs(n, args.seed, prefix=args.prefix, vocabulary=vocabulary, waits=waits, salt=salt)
 
     planned = jobs_of("calls", "size")
-    pages = pool_pages(planned, args.prefix, round(args.largest / args.pressure))
+    dtype = torch.bfloat16 if cuda else torch.float32
+    page_tokens = page_tokens_of(kernels_for(args.device, dtype)[0])
+    pages = pool_pages(planned, args.prefix, round(args.largest / args.pressure), page_tokens)
     longest = max(len(job.trace.contexts()[-1]) for job in planned) + args.generate
-    max_model_len = -(-longest // PAGE_TOKENS) * PAGE_TOKENS
-    model = random_model(args.shape, device=args.device, dtype=torch.bfloat16 if cuda else torch.float32)
+    max_model_len = -(-longest // page_tokens) * page_tokens
+    model = random_model(args.shape, device=args.device, dtype=dtype)
     weights_bytes = sum(p.nbytes for p in model.parameters())
-    engine = over_model(model, pages=pages, max_model_len=max_model_len)
-    pool_bytes = pages * PAGE_TOKENS * engine.capacity().kv_bytes_token
+    engine = over_model(model, pages=pages, page_tokens=page_tokens, max_model_len=max_model_len)
+    pool_bytes = pages * page_tokens * engine.capacity().kv_bytes_token
     del model
     gc.collect()
     gc.freeze()  # as a replica does

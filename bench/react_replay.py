@@ -219,6 +219,10 @@ def limit(traces: Sequence[Trace], prefix: int, args: argparse.Namespace, rates:
 # --- Berth
 
 
+PROFILED = 4
+"""Steps that are profiled one after the other."""
+
+
 class Clock:
     """Stands in for a runner's `step` and `launch` and times steps by kind; one with any row of several tokens is a
     prefill.
@@ -232,7 +236,7 @@ class Clock:
         self.step_s: dict[str, list[float]] = {}
         self.profiled: dict[str, list[Counter[str]]] = {}
         self.kernels: dict[str, list[tuple[str, float]]] = {}  # names and ms of the last profiled step
-        self.to_profile: dict[str, int] = {}
+        self.to_profile: dict[str, list[int]] = {}  # numbers of the steps
         self.gap_s: Counter[str] = Counter()
         self._ended, self._last = 0.0, ""
         self.reset()
@@ -247,8 +251,7 @@ class Clock:
         """A timed step."""
         kind = self._kind(rows)
         if self._to_profile(kind):
-            self.to_profile[kind] -= 1
-            return self._profiled(kind, rows)
+            return self._profiled(self.to_profile[kind].pop(0), kind, rows)
         begin = time.perf_counter()
         drawn = self._step(rows)
         self.ended(kind, begin)
@@ -268,7 +271,8 @@ class Clock:
         return "prefill" if any(len(row.token_ids) > 1 for row in rows) else "decode"
 
     def _to_profile(self, kind: str) -> bool:
-        return self.to_profile.get(kind, 0) > 0 and len(self.step_s[kind]) >= 10
+        steps = self.to_profile.get(kind)
+        return bool(steps) and len(self.step_s[kind]) >= steps[0]
 
     def ended(self, kind: str, begin: float) -> None:
         """A step that was begun then has just ended."""
@@ -278,7 +282,7 @@ class Clock:
             self.gap_s[f"{self._last} → {kind}"] += begin - self._ended
         self._ended, self._last = now, kind
 
-    def _profiled(self, kind: str, rows: Sequence[Any]) -> Any:
+    def _profiled(self, number: int, kind: str, rows: Sequence[Any]) -> Any:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             drawn = self._step(rows)
             torch.cuda.synchronize()
@@ -290,6 +294,7 @@ class Clock:
         begin, end = min(e.time_range.start for e in events), max(e.time_range.end for e in events)
         spent["# span"] += (end - begin) / 1e3
         spent["# tokens"] += sum(len(row.token_ids) for row in rows)
+        kind = f"{kind}, step {number // PROFILED * PROFILED} on"
         self.kernels[kind] = [(event.name[:90], event.time_range.elapsed_us() / 1e3) for event in events]
         self.profiled.setdefault(kind, []).append(spent)
         return drawn
@@ -377,12 +382,13 @@ class Berth:
         self.engine = over_model(
             model,
             pages=args.pages,
+            page_tokens=args.page_tokens,
             max_batch=args.max_batch,
             max_prefill_tokens=args.max_prefill_tokens,
             max_model_len=max_model_len,
             graphs="graphs" not in args.without,
             compile="off" if "compile" in args.without else "auto",
-            fused=args.fused,
+            fused="fused" not in args.without,
             speculation=args.speculation,
             budget_fraction=args.budget_fraction,
         )
@@ -396,6 +402,7 @@ class Berth:
             "kernel": self.engine.numerics.kernel,
             "without": args.without,
             "pages": runner.kv.pages,
+            "page_tokens": runner.kv.page_tokens,
             "graphs": len(runner.captured),
             "memory": str(self.engine.memory),
             "max_batch": args.max_batch,
@@ -421,8 +428,14 @@ class Berth:
 
     def profile(self, traces: Sequence[Trace]) -> None:
         """Print which kinds of kernels the device's time goes to, in a few steps of a replay."""
-        self.clock.to_profile = {"prefill": 4, "decode": 8}
+        starts = {"prefill": (8,), "decode": (8, 148, 300, 448)}  # multiples of PROFILED
+        self.clock.to_profile = {
+            kind: [at + step for at in ats for step in range(PROFILED)] for kind, ats in starts.items()
+        }
         self.replay(traces)
+        decode_s = self.clock.step_s["decode"]
+        means = [1e3 * statistics.fmean(decode_s[at : at + 50]) for at in range(0, len(decode_s), 50)]
+        print("decode, ms a step by fifties:", *(f"{ms:.1f}" for ms in means), flush=True)
         for kind, steps in self.clock.profiled.items():
             total: Counter[str] = sum(steps, Counter())
             times = {name: ms for name, ms in total.items() if not name.startswith("#")}
@@ -665,7 +678,7 @@ def make_cells(args: argparse.Namespace) -> tuple[list[Cell], list[Trace]]:
         for at, n in enumerate(args.trajectories)
     ]
     if args.replay:
-        tokenizer = loader.load_tokenizer(loader.resolve(args.tokenizer).folder)
+        tokenizer = loader.load_tokenizer(loader.resolve(args.tokenizer, weights=False).folder)
         read = partial(read_traces, args.replay, args.fewshot, tokenizer, vocabulary=vocabulary)
         prefix = first_difference(*(trace.prompt for trace in read(2, args.seed)))
         n = args.replay_trajectories
@@ -784,9 +797,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--at-once", type=int, help="berth: trajectories in flight (default: --max-batch)")
     add("--max-prefill-tokens", type=int, default=8192, help="berth: tokens of a prefill step")
     add("--pages", type=int, help="berth: KV pages (default: what the budget leaves)")
+    add("--page-tokens", type=int, help="berth: tokens of a KV page (default: what the kernel does best with)")
     add("--budget-fraction", type=float, default=0.9, help="berth: share of the device's memory to use")
     add("--without", default="", help=f"berth: leave out, comma-separated, of {', '.join(FEATURES)}")
-    add("--fused", action="store_true", help="berth: one product and one kernel for queries, keys and values")
     add("--speculation", choices=["auto", "on", "off"], default="auto", help="berth: guess tokens (auto: not on a GPU)")
     add("--hf-batch", type=int, default=32, help="hf_generate: rows of a batch")
     add("--hf-trajectories", type=int, default=32, help="hf_generate: it is slow, so at most so many")

@@ -67,9 +67,9 @@ class Efficiency:
             those of two not yet: prefill 42.1 k → 49.3 k tokens/s, decode 12.3 → 15.2 ms a step.
     """
 
-    prefill: float = 0.656
-    decode: float = 0.517
-    step_s: float = 0.000098
+    prefill: float = 0.713
+    decode: float = 0.471
+    step_s: float = 0.000113
     sharded_prefill: float = 0.586
     sharded_decode: float = 0.404
 

@@ -226,12 +226,15 @@ def choose(config: RunConfig, model_config: Any, expected: Expected, model_len: 
 def _option(
     config: RunConfig, model_config: Any, expected: Expected, model_len: int, gpu: Gpu, rung: tuple[str, int, int, int]
 ) -> Option:
+    from actors.engine.attention import page_tokens_of
     from actors.engine.kv import kv_shapes
-    from actors.engine.memory import PAGE_TOKENS, kv_token_bytes, parameters, predict
+    from actors.engine.memory import kv_token_bytes, parameters, predict
 
     name, gpus, batch, prefill = rung
     dtype = _dtype(config)
     kernels = _kernels(config, model_config, gpu)
+    kernel = kernels[0] if kernels else "none"
+    page_tokens = page_tokens_of(kernel)
     memory = predict(
         model_config,
         dtype=dtype,
@@ -246,16 +249,16 @@ def _option(
         device_bytes=gpu.memory_bytes,
         budget_fraction=config.memory.budget_fraction,
         gpu_memory_fraction=config.memory.gpu_memory_fraction,
-        kernel=kernels[0] if kernels else "none",
+        kernel=kernel,
     )
     option = Option(gpu, None, gpus, batch, prefill, memory, kernels=kernels)
     kv_bytes_token = kv_token_bytes(model_config, dtype, config.memory.kv_dtype, gpus)
-    pool_tokens = (memory.pool_bytes or 0) // kv_bytes_token - PAGE_TOKENS  # without the scratch page
-    held = residents(pool_tokens, expected, PAGE_TOKENS)
+    pool_tokens = (memory.pool_bytes or 0) // kv_bytes_token - page_tokens  # without the scratch page
+    held = residents(pool_tokens, expected, page_tokens)
     if not held or not kernels or (gpu.count is not None and gpus > gpu.count):
         return option
     at_once = min(held, batch, expected.rows)
-    full = overflow_risk(at_once, pool_tokens, expected, PAGE_TOKENS)
+    full = overflow_risk(at_once, pool_tokens, expected, page_tokens)
     wrong = _above((gpu.memory_bytes - memory.total_bytes) / (MODEL_ERROR * memory.fixed_bytes))
     option = replace(option, rung=name, at_once=at_once, oom_risk=1 - (1 - full) * (1 - wrong))
     if gpu.matrix_flop_s is None or dtype.itemsize != 2:  # the table's rates are those of half precision

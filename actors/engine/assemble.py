@@ -19,14 +19,13 @@ from typing import Any
 import torch
 
 from actors.engine import loader
-from actors.engine.attention import HALF, kernels_for
+from actors.engine.attention import HALF, kernels_for, page_tokens_of
 from actors.engine.bounds import Bounds
 from actors.engine.gang import START_S, Gang
 from actors.engine.int8 import weights_dtype
 from actors.engine.kv import QUANTISED, KVCache, kv_shapes
 from actors.engine.leader import lead
 from actors.engine.memory import (
-    PAGE_TOKENS,
     SLACK_BYTES,
     THREADS,
     device_used_bytes,
@@ -194,12 +193,12 @@ def over_model(
     max_batch: int | None = None,
     max_prefill_tokens: int | None = None,
     pages: int | None = None,
-    page_tokens: int = PAGE_TOKENS,
+    page_tokens: int | None = None,
     invariant: bool = False,
     graphs: bool = True,
     speculation: str = "auto",
     compile: str = "auto",
-    fused: bool = False,
+    fused: bool = True,
     kv_dtype: str = "auto",
     budget_fraction: float = 0.9,
     gpu_memory_fraction: float | None = None,
@@ -215,10 +214,11 @@ def over_model(
         max_batch, max_prefill_tokens: None takes MAX_BATCH, MAX_PREFILL_TOKENS by device. Both are halved at the start
             as often as a step, and beside it a KV pool, want it (see `Bounds`).
         pages: KV pages, the scratch page included; None takes what the budget leaves.
+        page_tokens: tokens a page; None takes what the kernel does best with.
         invariant: same row, same tokens, whatever else runs; float32 only.
         speculation, compile: on, off or auto, see `EngineSpec`.
         fused: one product and one kernel for queries, keys and values, on one GPU under the Triton kernels (see
-            `fused.fuse`). Not measured on a GPU yet.
+            `fused.fuse`).
         kv_dtype: auto is the model's; int8 or fp8.
         budget_fraction: share of the GPU's memory to use.
         gpu_memory_fraction: torch's cap, as it was set; the budget is a share of that.
@@ -237,12 +237,17 @@ def over_model(
     batch = max_batch or MAX_BATCH[device.type]
     prefill = max_prefill_tokens or MAX_PREFILL_TOKENS[device.type]
     guesses = speculation == "on" or (speculation == "auto" and device.type == "cpu")
-    kv = KVCache(kv_shapes(model.config, tp), 2, page_tokens, dtype, device, kv_dtype)
+    shapes = kv_shapes(model.config, tp)
+
+    def cache_of(kernel: str) -> KVCache:
+        return KVCache(shapes, 2, page_tokens or page_tokens_of(kernel), dtype, device, kv_dtype)
+
     cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if cuda else 0
     with start.part("check"):
-        at = kernels.index(first_right(kernels, kv, model.config))
+        at = kernels.index(first_right(kernels, cache_of, model.config))
         chosen = kernels[at if gang is None else -gang.smallest(-at)]  # the same on all ranks
+    kv = cache_of(chosen)
     kept = torch.cuda.memory_allocated(device) - before if cuda else 0  # cuBLAS takes its workspace in the check
     kind: Any = Runner if gang is None else partial(ShardedRunner, gang=gang)
     runner: Runner = kind(model, kv, chosen, batch, prefill, length, graphs=graphs, invariant=invariant)
@@ -307,13 +312,13 @@ def over_model(
     leader = lead(runner, recorder) if isinstance(runner, ShardedRunner) else None
     name = str(dtype).removeprefix("torch.")
     computes = "+".join([chosen, *["fused"] * joined, *["compiled"] * runner.compiled])
-    log.info("%d KV pages of %d tokens, kernel %s, %s", count, page_tokens, computes, name)
+    log.info("%d KV pages of %d tokens, kernel %s, %s", count, kv.page_tokens, computes, name)
     log.info("memory, predicted → measured MiB: %s", memory)
     log.info("start, seconds: %s", start)
     return PagedEngine(
         leader or runner,
         num_pages=count,
-        page_tokens=page_tokens,
+        page_tokens=kv.page_tokens,
         max_model_len=length,
         max_batch=runner.max_batch,
         max_prefill_tokens=runner.max_prefill_tokens,

@@ -55,6 +55,7 @@ RUNS = 4
 """Runs of shared pages that a replayed step reads once."""
 HALF: tuple[Kernel, ...] = ("triton", "flash_attn", "torch_varlen")
 """Kernels for half precision, the fastest first."""
+_PAGE_UNIT: dict[Kernel, int] = {"triton": 64, "flash_attn": 256, "torch_varlen": 256}
 _TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)
 _FP8_CAPABILITY = (8, 9)  # below, Triton's compiler has no e4m3
 _INSTALL = "`uv pip install flash-attn==2.8.3 --no-build-isolation`, torch 2.14 or later, or model.dtype: float32"
@@ -155,6 +156,12 @@ def attending(plan: Plan | Callable[..., Tensor]) -> Generator[None]:
         _current.plan = before
 
 
+def page_tokens_of(kernel: str) -> int:
+    """Tokens of a page: FlashAttention's unit, or half of it, which leaves less of a page empty and less of a shared
+    prompt to each row alone."""
+    return 128 if kernel == "triton" else 256
+
+
 def kernels_for(device: torch.device | str, dtype: torch.dtype, config: Any = None) -> list[Kernel]:
     """The kernels that compute `dtype` on `device` with what is installed, the fastest first; at least one.
 
@@ -234,8 +241,8 @@ def check_kernel(kernel: Kernel, kv: KVCache, config: Any) -> None:
         if refused is not None:
             raise refused
         return
-    if kv.page_tokens % 256:
-        raise ValueError(f"{kernel} wants pages of a multiple of 256 tokens, got {kv.page_tokens}")
+    if kv.page_tokens % _PAGE_UNIT[kernel]:
+        raise ValueError(f"{kernel} wants pages of a multiple of {_PAGE_UNIT[kernel]} tokens, got {kv.page_tokens}")
     if kv.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"{kernel} wants float16 or bfloat16 keys and values, got {kv.dtype}")
     if refused is not None:

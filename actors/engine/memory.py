@@ -51,7 +51,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from actors.engine.attention import NAME
+from actors.engine.attention import NAME, page_tokens_of
 from actors.engine.int8 import linear_layers
 from actors.engine.kv import QUANTISED, kv_bytes_token, kv_shapes, kv_sizes, read_bytes_token
 from actors.engine.protocol import Memory
@@ -59,7 +59,6 @@ from actors.engine.runner import graph_sizes
 from actors.engine.sampling import CHUNK_ROWS, choose
 from actors.messages import DeviceBytes
 
-PAGE_TOKENS = 256
 CONTEXT_BYTES = 768 << 20
 SLACK_BYTES = 64 << 20
 """Behind steps of all sizes, where the largest came first."""
@@ -194,13 +193,14 @@ def graph_bytes(
     hopper: bool,
     tp: int = 1,
     quantization: str | None = None,
+    page_tokens: int = page_tokens_of("triton"),
 ) -> int:
     """Captured decode steps of all sizes up to `batch`."""
     sizes = graph_sizes(batch)
     logits = batch * config.vocab_size * dtype.itemsize
     step = activation_bytes(config, dtype, batch, tp) + unpacked_bytes(config, dtype, quantization, tp)
     pool = max(step, logits + batch * config.hidden_size * dtype.itemsize)
-    packed = 4 * sum(size + 5 for size in sizes) * (-(-max_model_len // PAGE_TOKENS) + 6)
+    packed = 4 * sum(size + 5 for size in sizes) * (-(-max_model_len // page_tokens) + 6)
     return pool + logits + 8 * batch + packed + 2 * CUBLAS_BYTES[hopper]
 
 
@@ -236,7 +236,8 @@ def predict(
     Raises:
         ValueError: the KV heads cannot be split over the ranks.
     """
-    page_bytes = kv_token_bytes(config, dtype, kv_dtype, tp) * PAGE_TOKENS
+    page_tokens = page_tokens_of(kernel)
+    page_bytes = kv_token_bytes(config, dtype, kv_dtype, tp) * page_tokens
     activations = activation_bytes(config, dtype, max(max_prefill_tokens, max_batch), tp)
     activations += unpacked_bytes(config, dtype, quantization, tp)
     logits = logits_bytes(config, dtype, max_batch)
@@ -248,7 +249,7 @@ def predict(
         activation_bytes=activations,
         logits_bytes=logits,
         workspace_bytes=THREADS * CUBLAS_BYTES[hopper] if cuda else 0,
-        graph_bytes=graph_bytes(config, dtype, max_batch, max_model_len, hopper, tp, quantization)
+        graph_bytes=graph_bytes(config, dtype, max_batch, max_model_len, hopper, tp, quantization, page_tokens)
         if cuda and graphs and not copies
         else 0,
         context_bytes=CONTEXT_BYTES if cuda else 0,
@@ -258,18 +259,18 @@ def predict(
         return bare
     budget = int(budget_fraction * (gpu_memory_fraction or 1.0) * device_bytes)
     if copies:  # a step may read all of the pool
-        page_bytes += PAGE_TOKENS * read_bytes_token(kv_shapes(config, tp), dtype, QUANTISED[kv_dtype])
+        page_bytes += page_tokens * read_bytes_token(kv_shapes(config, tp), dtype, QUANTISED[kv_dtype])
     shapes, stored = kv_shapes(config, tp), QUANTISED.get(kv_dtype, dtype)
 
     def slack(pages: int) -> int:
         if not cuda:
             return 0
-        return SLACK_BYTES + unused_bytes([*sizes, *kv_sizes(shapes, stored, pages * PAGE_TOKENS)])
+        return SLACK_BYTES + unused_bytes([*sizes, *kv_sizes(shapes, stored, pages * page_tokens)])
 
     room = budget - bare.fixed_bytes + bare.slack_bytes
-    most = min(most_pages(max_batch, max_model_len), max(0, room - bare.slack_bytes) // page_bytes)
+    most = min(most_pages(max_batch, max_model_len, page_tokens), max(0, room - bare.slack_bytes) // page_bytes)
     pages = fitting_pages(room, page_bytes, most, slack)
-    pool_bytes = pages * kv_token_bytes(config, dtype, kv_dtype, tp) * PAGE_TOKENS
+    pool_bytes = pages * kv_token_bytes(config, dtype, kv_dtype, tp) * page_tokens
     return replace(bare, slack_bytes=slack(pages), pool_bytes=pool_bytes)
 
 
@@ -285,7 +286,7 @@ def fitting_pages(room_bytes: int, page_bytes: int, most: int, ends_bytes: Calla
     return pages
 
 
-def most_pages(max_batch: int, max_model_len: int, page_tokens: int = PAGE_TOKENS) -> int:
+def most_pages(max_batch: int, max_model_len: int, page_tokens: int) -> int:
     """Pages that a full batch of the longest contexts takes, and the scratch page."""
     return max_batch * -(-max_model_len // page_tokens) + 1
 

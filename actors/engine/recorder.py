@@ -118,7 +118,8 @@ class OomRecorder:
         kinds = [torch.profiler.ProfilerActivity.CPU]
         if self._cuda:
             kinds.append(torch.profiler.ProfilerActivity.CUDA)
-        profiler = torch.profiler.profile(activities=kinds, record_shapes=True, profile_memory=True)
+        # Without `acc_events` torch 2.11 warns that a cycle's end clears events, of which there is one.
+        profiler = torch.profiler.profile(activities=kinds, record_shapes=True, profile_memory=True, acc_events=True)
         profiler.start()
         self._profiler, self._trace, self._left = profiler, name, TRACED_STEPS
 

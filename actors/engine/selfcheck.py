@@ -8,7 +8,7 @@ Knows no model weights.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate, chain, repeat
 from typing import Any
@@ -31,8 +31,11 @@ SHARED_PAGES = 2
 log = logging.getLogger(__name__)
 
 
-def first_right(kernels: Sequence[Kernel], kv: KVCache, config: Any) -> Kernel:
+def first_right(kernels: Sequence[Kernel], cache_of: Callable[[Kernel], KVCache], config: Any) -> Kernel:
     """The first of `kernels` that does this model's shapes, and right; each that does not is logged.
+
+    Args:
+        cache_of: a KV cache with the kernel's pages.
 
     Raises:
         UnsupportedModel: none does; says why not, each by its name.
@@ -41,6 +44,7 @@ def first_right(kernels: Sequence[Kernel], kv: KVCache, config: Any) -> Kernel:
     failure: Exception | None = None
     for kernel in kernels:
         try:
+            kv = cache_of(kernel)
             check_kernel(kernel, kv, config)
             check_numbers(kernel, kv, config)
             return kernel

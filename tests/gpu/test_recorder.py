@@ -51,9 +51,9 @@ def test_a_snapshot_of_the_failure_and_a_trace_of_the_repetition(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rank0-prefill-1.json.gz", "rank0-prefill-1.pickle"]
     with (tmp_path / "rank0-prefill-1.pickle").open("rb") as stream:
         snapshot = pickle.load(stream)
-    [oom] = [entry for entry in snapshot["device_traces"][0] if entry["action"] == "oom"]
-    assert oom["size"] == 1 << 50
-    assert any(frame["name"] == "once" for frame in oom["frames"])
+    ooms = [entry for entry in snapshot["device_traces"][0] if entry["action"] == "oom"]  # torch tries twice
+    assert {entry["size"] for entry in ooms} == {1 << 50}
+    assert any(frame["name"] == "once" for frame in ooms[0]["frames"])
     assert snapshot["segments"]
     with gzip.open(tmp_path / "rank0-prefill-1.json.gz", "rt") as stream:
         kinds = {event.get("cat") for event in json.load(stream)["traceEvents"]}
@@ -71,7 +71,7 @@ def test_two_traces_in_a_process_that_replays_graphs(tmp_path):
     launch, calls = runner.launch, itertools.count()
 
     def sometimes(*args):
-        if next(calls) in (0, 20):
+        if next(calls) in (0, 12):
             torch.empty(1 << 50, dtype=torch.uint8, device=device)
         return launch(*args)
 

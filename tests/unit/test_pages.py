@@ -96,6 +96,17 @@ def test_follow_up_continues_its_own_tail_in_place():
     assert second.pages[:2] == first.pages
 
 
+def test_follow_up_finds_its_own_page_among_many_behind_a_shared_one():
+    """What a call generated filled the page and is thrown away: the context's part of that page is copied."""
+    pages = PageAllocator(100, 4)
+    for i in range(40):
+        run(pages, f"row {i}", [1, 2, 3, 4, 100 + i, 200 + i, 7, 8])
+        pages.pause(f"row {i}")
+    second = admitted(pages, "row 0", [1, 2, 3, 4, 100, 200, 9, 9])
+    assert second.reused_tokens == 6
+    assert [count for _, _, count in second.copies] == [2]
+
+
 def test_follow_up_that_trims_its_tail_continues_in_place():
     pages = PageAllocator(20, 4)
     first = run(pages, "a", [1, 2, 3, 4, 5, 6, 7])

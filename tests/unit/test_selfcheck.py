@@ -48,13 +48,13 @@ def test_the_first_kernel_that_is_right_is_taken(monkeypatch, caplog):
     monkeypatch.setitem(attention.KERNELS, "flash_attn", noise)
     monkeypatch.setitem(attention.KERNELS, "torch_varlen", attention.KERNELS["reference"])
     kv = KVCache(kv_shapes(CONFIGS[0]), 2, 256, torch.bfloat16, "cpu")
-    assert first_right(["triton", "flash_attn", "torch_varlen"], kv, CONFIGS[0]) == "torch_varlen"
+    assert first_right(["triton", "flash_attn", "torch_varlen"], lambda _: kv, CONFIGS[0]) == "torch_varlen"
     assert "triton is not used: RuntimeError: no C compiler" in caplog.text
     assert "flash_attn is not used: UnsupportedModel" in caplog.text
     with pytest.raises(
         UnsupportedModel,
         match=r"triton: RuntimeError: no C compiler; flash_attn: UnsupportedModel: .*flash_attn computes",
     ):
-        first_right(["triton", "flash_attn"], kv, CONFIGS[0])
+        first_right(["triton", "flash_attn"], lambda _: kv, CONFIGS[0])
     with pytest.raises(UnsupportedModel, match="head dimension"):
-        first_right(["triton"], KVCache([(2, 48)], 2, 256, torch.bfloat16, "cpu"), CONFIGS[0])
+        first_right(["triton"], lambda _: KVCache([(2, 48)], 2, 256, torch.bfloat16, "cpu"), CONFIGS[0])

@@ -30,7 +30,7 @@ from actors.engine.kernels import STEP
 # Chosen on an H100. Of the programs of a multiprocessor about half are resident at a time.
 _OWN = {"BLOCK": 64, "num_warps": 4, "num_stages": 3}
 _RUN = {"BLOCK": 64, "num_warps": 4}
-_OWN_PROGRAMS, _RUN_PROGRAMS = 8, 2
+_OWN_PROGRAMS, _RUN_PROGRAMS = 16, 1
 _TILE = 64  # queries of a program over shared pages
 
 
