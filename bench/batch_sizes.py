@@ -285,8 +285,11 @@ def run(engine: PagedEngine, jobs: Sequence[Job], name: str, args: argparse.Name
     before, under_way, calls, prefilled, running, most = engine.events, 0, 0, 0, set[str](), 0
     done: list[tuple[Job, int]] = []
     computed: dict[str, int] = {}
+    by_second: list[tuple[int, int]] = []
     started_s = now_s = time.monotonic()
     while (fresh or under_way) and now_s < started_s + args.seconds:
+        if now_s >= started_s + len(by_second):
+            by_second.append((len(running), sum(len(left) < by_id[id].trace.calls for id, left in contexts.items())))
         while fresh and under_way < admission.at_once:
             under_way += 1
             id = fresh.popleft()
@@ -343,6 +346,7 @@ def run(engine: PagedEngine, jobs: Sequence[Job], name: str, args: argparse.Name
         "calls": calls,
         "trajectories": len(done),
         "most_at_once": most,
+        "by_second": by_second,  # calls under way; trajectories begun
         "oom": sum(events[key] for key in OOM),
         "preemptions": events["preemptions"],
         "evictions": events["evictions"],
