@@ -446,10 +446,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     document: dict[str, Any] = {}
 
+    def shown(row: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in row.items() if key not in ("repeat", "by_second")}
+
     def record(kind: str, row: dict[str, Any]) -> None:
         nonlocal document
         rows.append({"workload": kind, "repeat": 0} | row)
-        print({key: value for key, value in rows[-1].items() if key != "repeat"}, flush=True)
+        print(shown(rows[-1]), flush=True)
         told = {"device": device_info(args.device), "workload": workload}
         document = write_json(args.out, "batch_sizes", **told, results=rows, summary=summarize(rows))
 
@@ -467,7 +470,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             total_bytes = torch.cuda.get_device_properties(args.device).total_memory
             fraction = (weights_bytes + pool_bytes + (2 << 30)) / total_bytes
         record("generate", run_generate(int(size), jobs_of("calls", "generate"), fraction, args))
-    print_table(f"{args.shape}, {pages} pages", [row | {"repeat": None} for row in rows])
+    print_table(f"{args.shape}, {pages} pages", [shown(row) for row in rows])
     print_table("summary", [{"workload": name} | found for name, found in document["summary"].items()])
     return document
 
