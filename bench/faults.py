@@ -351,7 +351,7 @@ def controller(bench: Bench) -> Outcome:
 @fault(fast=False)
 def node_removed(bench: Bench) -> Outcome:
     """A node with a replica goes, all at once; another comes."""
-    job = bench.start()
+    job = bench.start(delay_s=1.0)  # finding and draining a node takes seconds
     job.until_calls(STEPS * bench.rows // 3)
     name, _ = bench.node_with_replica()
     bench.remove_node(name)
@@ -364,7 +364,7 @@ def node_removed(bench: Bench) -> Outcome:
 @fault(fast=False)
 def node_drained(bench: Bench) -> Outcome:
     """A node with a replica is drained, as a cloud does before it takes a spot machine back."""
-    job = bench.start()
+    job = bench.start(delay_s=1.0)  # as above
     job.until_calls(STEPS * bench.rows // 3)
     name, node_id = bench.node_with_replica()
     options = f"--node-id {node_id} --reason DRAIN_NODE_REASON_PREEMPTION --reason-message spot"
