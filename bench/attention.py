@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.engine.attention import _flash_attn
+from actors.engine.attention import _flash_attn, page_tokens_of
 from actors.engine.kernels import decode, prefill
 from actors.engine.runner import _chunks
 from bench.common import device_info, measured_rates, print_table, write_json
@@ -38,11 +38,14 @@ class Case:
         own: tokens of each row behind the prefix.
     """
 
-    def __init__(self, heads: tuple[int, int, int], prefix_pages: int, own: Sequence[int], device: str = "cuda"):
-        self.heads, self.own, self.prefix_pages = heads, own, prefix_pages
+    def __init__(
+        self, heads: tuple[int, int, int], prefix_pages: int, own: Sequence[int], page_tokens: int = PAGE_TOKENS
+    ):
+        device = "cuda"
+        self.heads, self.own, self.prefix_pages, self.page_tokens = heads, own, prefix_pages, page_tokens
         q_heads, kv_heads, dim = heads
         noise = torch.Generator(device).manual_seed(0)
-        counts = [-(-tokens // PAGE_TOKENS) for tokens in own]
+        counts = [-(-tokens // page_tokens) for tokens in own]
         pages = 1 + prefix_pages + sum(counts)
 
         def draw(*shape: int) -> Tensor:
@@ -52,7 +55,7 @@ class Case:
             return torch.tensor(values, dtype=torch.int32, device=device)
 
         self.q_BHD = draw(len(own), q_heads, dim) * 4
-        self.layers = [tuple(draw(pages, PAGE_TOKENS, kv_heads, dim) for _ in range(2)) for _ in range(2)]
+        self.layers = [tuple(draw(pages, page_tokens, kv_heads, dim) for _ in range(2)) for _ in range(2)]
         free = list(range(1 + prefix_pages, pages))
         random.Random(0).shuffle(free)
         self.tables = [[free.pop() for _ in range(count)] for count in counts]
@@ -62,9 +65,9 @@ class Case:
         self.whole_BP = ints(
             [[*self.prefix, *table] + [0] * (width - prefix_pages - len(table)) for table in self.tables]
         )
-        self.lens_B, self.whole_B = ints(own), ints([prefix_pages * PAGE_TOKENS + tokens for tokens in own])
+        self.lens_B, self.whole_B = ints(own), ints([prefix_pages * page_tokens + tokens for tokens in own])
         none = [len(own)] * (RUNS - 1)
-        tokens = prefix_pages * PAGE_TOKENS
+        tokens = prefix_pages * page_tokens
         self.cu_q_N1, self.cu_k_N1 = ints([0, len(own), *none]), ints([0, *[tokens] * RUNS])
         self.table_NP = ints([self.prefix + [0] * (width - prefix_pages)] * RUNS)
         sizes = (size for size in itertools.count(1) if sum(-(-count // size) for count in counts) <= _chunks(len(own)))
@@ -107,7 +110,7 @@ class Case:
             causal=True,
             return_softmax_lse=True,
         )
-        longest = self.prefix_pages * PAGE_TOKENS
+        longest = self.prefix_pages * self.page_tokens
         cu_q, cu_k, table = self.cu_q_N1, self.cu_k_N1, self.table_NP
         run = varlen(
             self.q_BHD, *self.layers[layer], cu_q, cu_k, len(self.own), longest, block_table=table,
@@ -121,7 +124,7 @@ class Case:
         out = []
         for row, table in enumerate(self.tables):
             pages = torch.tensor([*self.prefix, *table], device=self.q_BHD.device)
-            length = self.prefix_pages * PAGE_TOKENS + self.own[row]
+            length = self.prefix_pages * self.page_tokens + self.own[row]
             k_LKD, v_LKD = (x[pages].flatten(0, 1)[:length].float() for x in self.layers[layer])
             q_KGD = self.q_BHD[row].float().view(kv_heads, -1, dim)
             p_KGL = (torch.einsum("kgd,lkd->kgl", q_KGD, k_LKD) * dim**-0.5).softmax(-1)
@@ -199,7 +202,8 @@ def tune() -> None:
     cases = {}
     for mean in (100, 700):
         drawn = random.Random(1)
-        cases[mean] = Case(HEADS["8b"], 6, [drawn.randint(mean // 2, mean * 3 // 2) for _ in range(256)])
+        own = [drawn.randint(mean // 2, mean * 3 // 2) for _ in range(256)]
+        cases[mean] = Case(HEADS["8b"], 12, own, page_tokens_of("triton"))
 
     def line(**setting: Any) -> dict[str, Any]:
         try:

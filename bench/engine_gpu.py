@@ -38,6 +38,7 @@ from torch import Tensor
 
 from actors.engine import loader
 from actors.engine.assemble import over_model
+from actors.engine.attention import kernels_for, page_tokens_of
 from actors.engine.int8 import quantise
 from actors.engine.paged import PagedEngine
 from actors.engine.pages import Admission, PageAllocator
@@ -88,6 +89,11 @@ def make_prompts(n: int, longest: int, vocabulary: int, seed: int = 1) -> list[l
     lengths = [20 + (longest - 20) * i // max(1, n - 1) for i in range(n)]
     draw.shuffle(lengths)
     return [[draw.randrange(3, vocabulary) for _ in range(length)] for length in lengths]
+
+
+def page_size(source: Source, dtype: str) -> int:
+    """Tokens of a page of an engine in this dtype, unless it is told."""
+    return page_tokens_of(kernels_for(source.device, getattr(torch, dtype))[0])
 
 
 def pages_for(lengths: Sequence[int], page_tokens: int) -> int:
@@ -280,7 +286,7 @@ def half_precision(args: argparse.Namespace, source: Source) -> list[Result]:
         first = make_prompts(1, SHARED_TOKENS, model.config.vocab_size, seed=2)[0]
         prompts = make_prompts(args.prompts, args.max_prompt, model.config.vocab_size)
         prompts = [(first + p if i % 2 else p)[: args.max_prompt] for i, p in enumerate(prompts)]
-        pages = pages_for([len(prompt) + args.tokens for prompt in prompts], 256) + 1
+        pages = pages_for([len(prompt) + args.tokens for prompt in prompts], page_size(source, dtype)) + 1
         options: dict[str, Any] = {"pages": pages, "max_batch": len(prompts), "max_model_len": MAX_MODEL_LEN}
         engine = over_model(model, graphs=False, compile="off", **options)
         engine.scheduler.plan_behind = lambda under_way, admit=True: []
@@ -386,7 +392,7 @@ def eight_bits(args: argparse.Namespace, source: Source) -> list[Result]:
     model = source.load(dtype)
     prompts = make_prompts(min(args.prompts, 8), min(args.max_prompt, 700), model.config.vocab_size)
     tokens = min(args.tokens, 32)
-    pages = pages_for([len(prompt) + tokens for prompt in prompts], 256) + 1
+    pages = pages_for([len(prompt) + tokens for prompt in prompts], page_size(source, dtype)) + 1
     options: dict[str, Any] = {"pages": pages, "max_batch": len(prompts), "max_model_len": MAX_MODEL_LEN}
 
     def logits_of(kind: str | None, exact: bool, kv_dtype: str, **more: Any) -> tuple[Tensor, Any]:
@@ -440,7 +446,7 @@ def memory(args: argparse.Namespace, source: Source) -> list[Result]:
     cuda = source.device.startswith("cuda")
     model = source.load("auto" if source.folder else "bfloat16" if cuda else "float32")
     vocabulary, draw = model.config.vocab_size, random.Random(3)
-    engine = over_model(model, pages=args.pages, max_batch=64, max_model_len=MAX_MODEL_LEN)
+    engine = over_model(model, pages=args.pages, page_tokens=256, max_batch=64, max_model_len=MAX_MODEL_LEN)
 
     def tokens(size: int) -> list[int]:
         return [draw.randrange(3, vocabulary) for _ in range(size)]
@@ -586,7 +592,7 @@ def grabbed(args: argparse.Namespace, source: Source, dtype: str, longest: int, 
     exact = dtype == "float32"
     rows = 24
     waves = [make_prompts(rows, longest, model.config.vocab_size, seed) for seed in range(20, 23)]
-    need = pages_for([longest + args.tokens] * rows, 256)
+    need = pages_for([longest + args.tokens] * rows, page_size(source, dtype))
     options: dict[str, Any] = {"pages": need + 1, "max_batch": rows, "max_model_len": MAX_MODEL_LEN}
     options["graphs"] = stage == "prefill"  # a replayed step allocates nothing
 
@@ -845,7 +851,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--page-tokens", type=int, default=32, help="a: small pages, so that rows outgrow theirs")
     add("--max-prefill-tokens", type=int, default=2048, help="a, e: tokens of a prefill step")
     add("--calls", type=int, default=10_000, help="c: calls")
-    add("--pages", type=int, default=256, help="c: KV pages of 256 tokens")
+    add("--pages", type=int, default=256, help="c: KV pages, of 256 tokens")
     add("--replay", help="e: JSON lines of recorded trajectories with `steps` of thought, action, observation")
     add("--fewshot", help="e: text file that all prompts start with (default: an instruction)")
     add("--trajectories", type=int, default=20, help="e: how many")

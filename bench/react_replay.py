@@ -68,7 +68,7 @@ from bench.common import (
 
 STEPS = (3, 4, 4, 5, 5, 5, 6, 7)
 QUESTION_TOKENS = 40
-FEATURES = ("graphs", "compile", "shared", "ahead")
+FEATURES = ("graphs", "compile", "fused", "shared", "ahead")
 SHOWN = [
     *("cell", "engine", "repeat", "wall_s", "generated_tok_s", "prefilled_tokens", "reused_tokens", "preemptions"),
     *("prefill_s", "decode_s", "host_s", "prefill_steps", "decode_steps", "limit_s", "ratio_to_limit"),
@@ -237,6 +237,7 @@ class Clock:
         self.profiled: dict[str, list[Counter[str]]] = {}
         self.kernels: dict[str, list[tuple[str, float]]] = {}  # names and ms of the last profiled step
         self.to_profile: dict[str, list[int]] = {}  # numbers of the steps
+        self.steps: Counter[str] = Counter()
         self.gap_s: Counter[str] = Counter()
         self._ended, self._last = 0.0, ""
         self.reset()
@@ -245,6 +246,7 @@ class Clock:
     def reset(self) -> None:
         """Count from zero."""
         self.step_s = {"prefill": [], "decode": []}
+        self.steps.clear()
         self.gap_s.clear()
 
     def step(self, rows: Sequence[Any]) -> Any:
@@ -272,17 +274,19 @@ class Clock:
 
     def _to_profile(self, kind: str) -> bool:
         steps = self.to_profile.get(kind)
-        return bool(steps) and len(self.step_s[kind]) >= steps[0]
+        return bool(steps) and self.steps[kind] >= steps[0]
 
     def ended(self, kind: str, begin: float) -> None:
         """A step that was begun then has just ended."""
         now = time.perf_counter()
         self.step_s[kind].append(now - max(begin, self._ended))
+        self.steps[kind] += 1
         if self._last and begin > self._ended:
             self.gap_s[f"{self._last} → {kind}"] += begin - self._ended
         self._ended, self._last = now, kind
 
     def _profiled(self, number: int, kind: str, rows: Sequence[Any]) -> Any:
+        self.steps[kind] += 1
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             drawn = self._step(rows)
             torch.cuda.synchronize()

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from actors.engine.assemble import over_model
+from actors.engine.attention import kernels_for, page_tokens_of
 from actors.engine.gang import Gang
 from actors.engine.protocol import Request, RowStep
 from actors.engine.shard import split
@@ -58,12 +59,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         split(model, gang.rank, gang.size, device)
         part = torch.zeros(args.rows, model.config.hidden_size, dtype=dtype, device=device)
         sum_us = 1e6 * seconds_a_sum(gang, part)
-    page_tokens = 256
+    page_tokens = page_tokens_of(kernels_for(device, dtype)[0])
     began_s = time.perf_counter()
     pages_row = -(-(args.context + DECODE_STEPS) // page_tokens)
     engine = over_model(
         model,
         pages=1 + args.rows * pages_row,
+        page_tokens=page_tokens,
         max_batch=args.rows,
         max_prefill_tokens=args.max_prefill_tokens,
         max_model_len=pages_row * page_tokens,

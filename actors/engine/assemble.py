@@ -247,8 +247,8 @@ def over_model(
     with start.part("check"):
         at = kernels.index(first_right(kernels, cache_of, model.config))
         chosen = kernels[at if gang is None else -gang.smallest(-at)]  # the same on all ranks
-    kv = cache_of(chosen)
     kept = torch.cuda.memory_allocated(device) - before if cuda else 0  # cuBLAS takes its workspace in the check
+    kv = cache_of(chosen)
     kind: Any = Runner if gang is None else partial(ShardedRunner, gang=gang)
     runner: Runner = kind(model, kv, chosen, batch, prefill, length, graphs=graphs, invariant=invariant)
     joined = False

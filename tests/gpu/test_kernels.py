@@ -232,12 +232,15 @@ def no_farther(name, own, *others):
     """Of two ways to round in half precision neither is right: what counts is how far each is from fp32."""
     exact = replay(runner_of(tiny(name, torch.bfloat16).float(), "reference"), [20, 30, 40, 50])
 
-    def error(got):
+    def errors(got):
         error = (got - exact).abs().amax(-1) / exact.std(-1)
-        return error.median().item() if name == "qwen3_moe" else error.mean().item()
+        # A router's near-tie sends a token to another expert: for experts the typical row counts.
+        return [error.median().item()] * 2 if name == "qwen3_moe" else [error.mean().item(), error.max().item()]
 
+    mean, most = errors(own)
     for got in others:
-        assert error(got) < 1.25 * error(own), (error(got), error(own))
+        assert errors(got)[0] < 1.25 * mean, (errors(got), errors(own))
+        assert errors(got)[1] < 1.5 * most, (errors(got), errors(own))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
