@@ -748,6 +748,8 @@ class Placement:
         new = replica not in self.pools[pool].index
         if new and not self.pools[pool].index:
             self.pools[pool].set_page_tokens(page_tokens)
+        if page_tokens:  # a replica on another GPU may have another kernel, and pages of another size
+            pages = pages * page_tokens // self.pools[pool].page_tokens
         self.pools[pool].replica_up(replica, pages, slots, refill_s)
         self.declared[pool] = max(pages, self.declared[pool] or 0)
         return new

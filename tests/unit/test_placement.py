@@ -53,6 +53,13 @@ def fill(made: Placement, prefix: str = "q", now_s: float = 0.0, **more) -> list
     raise AssertionError("it never filled")
 
 
+def test_pages_of_another_size_count_by_their_tokens():
+    made = placement(100)
+    made.replica_up("single", "other", 50, 2 * PAGE, 1_000)
+    single = made.pools["single"]
+    assert single.pages[single.index["other"]] == single.pages[single.index["r0"]] == 100
+
+
 def test_survival_follows_the_quantiles():
     quantiles = np.array([quantiles_of(forecast())])
     found = survival(np.array([[0.0, *quantiles_of(forecast()), 1e6]]), quantiles)[0]
