@@ -41,7 +41,6 @@ import torch
 
 from actors.agent import Limits
 from actors.engine.assemble import MAX_BATCH, over_model
-from actors.engine.attention import kernels_for, page_tokens_of
 from actors.engine.paged import PagedEngine
 from actors.engine.protocol import Request
 from actors.ledger import Ledger, Reporter, slots
@@ -52,6 +51,7 @@ from bench.common import (
     device_info,
     empty_cache,
     model_config,
+    own_page_tokens,
     print_table,
     random_model,
     synchronize,
@@ -430,7 +430,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     planned = jobs_of("calls", "size")
     dtype = torch.bfloat16 if cuda else torch.float32
-    page_tokens = page_tokens_of(kernels_for(args.device, dtype)[0])
+    page_tokens = own_page_tokens(args.device, dtype)
     pages = pool_pages(planned, args.prefix, round(args.largest / args.pressure), page_tokens)
     longest = max(len(job.trace.contexts()[-1]) for job in planned) + args.generate
     max_model_len = -(-longest // page_tokens) * page_tokens

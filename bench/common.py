@@ -29,6 +29,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from actors.engine.attention import kernels_for, page_tokens_of
 from actors.engine.paged import PagedEngine
 from bench.scripted import made_up_word
 
@@ -289,6 +290,11 @@ def replicas_of(kind: type) -> Generator[None]:
         pools._deployment = deployment
         serve.shutdown()
         ray.shutdown()
+
+
+def own_page_tokens(device: torch.device | str, dtype: torch.dtype) -> int:
+    """Tokens of a page of an engine that is not told, by the fastest kernel there is."""
+    return page_tokens_of(kernels_for(device, dtype)[0])
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

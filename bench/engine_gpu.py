@@ -38,7 +38,6 @@ from torch import Tensor
 
 from actors.engine import loader
 from actors.engine.assemble import over_model
-from actors.engine.attention import kernels_for, page_tokens_of
 from actors.engine.int8 import quantise
 from actors.engine.paged import PagedEngine
 from actors.engine.pages import Admission, PageAllocator
@@ -51,6 +50,7 @@ from bench.common import (
     device_info,
     empty_cache,
     first_difference,
+    own_page_tokens,
     print_table,
     random_model,
     rss_bytes,
@@ -89,11 +89,6 @@ def make_prompts(n: int, longest: int, vocabulary: int, seed: int = 1) -> list[l
     lengths = [20 + (longest - 20) * i // max(1, n - 1) for i in range(n)]
     draw.shuffle(lengths)
     return [[draw.randrange(3, vocabulary) for _ in range(length)] for length in lengths]
-
-
-def page_size(source: Source, dtype: str) -> int:
-    """Tokens of a page of an engine in this dtype, unless it is told."""
-    return page_tokens_of(kernels_for(source.device, getattr(torch, dtype))[0])
 
 
 def pages_for(lengths: Sequence[int], page_tokens: int) -> int:
@@ -286,7 +281,8 @@ def half_precision(args: argparse.Namespace, source: Source) -> list[Result]:
         first = make_prompts(1, SHARED_TOKENS, model.config.vocab_size, seed=2)[0]
         prompts = make_prompts(args.prompts, args.max_prompt, model.config.vocab_size)
         prompts = [(first + p if i % 2 else p)[: args.max_prompt] for i, p in enumerate(prompts)]
-        pages = pages_for([len(prompt) + args.tokens for prompt in prompts], page_size(source, dtype)) + 1
+        page_tokens = own_page_tokens(source.device, model.dtype)
+        pages = pages_for([len(prompt) + args.tokens for prompt in prompts], page_tokens) + 1
         options: dict[str, Any] = {"pages": pages, "max_batch": len(prompts), "max_model_len": MAX_MODEL_LEN}
         engine = over_model(model, graphs=False, compile="off", **options)
         engine.scheduler.plan_behind = lambda under_way, admit=True: []
@@ -392,7 +388,8 @@ def eight_bits(args: argparse.Namespace, source: Source) -> list[Result]:
     model = source.load(dtype)
     prompts = make_prompts(min(args.prompts, 8), min(args.max_prompt, 700), model.config.vocab_size)
     tokens = min(args.tokens, 32)
-    pages = pages_for([len(prompt) + tokens for prompt in prompts], page_size(source, dtype)) + 1
+    page_tokens = own_page_tokens(source.device, model.dtype)
+    pages = pages_for([len(prompt) + tokens for prompt in prompts], page_tokens) + 1
     options: dict[str, Any] = {"pages": pages, "max_batch": len(prompts), "max_model_len": MAX_MODEL_LEN}
 
     def logits_of(kind: str | None, exact: bool, kv_dtype: str, **more: Any) -> tuple[Tensor, Any]:
@@ -592,7 +589,7 @@ def grabbed(args: argparse.Namespace, source: Source, dtype: str, longest: int, 
     exact = dtype == "float32"
     rows = 24
     waves = [make_prompts(rows, longest, model.config.vocab_size, seed) for seed in range(20, 23)]
-    need = pages_for([longest + args.tokens] * rows, page_size(source, dtype))
+    need = pages_for([longest + args.tokens] * rows, own_page_tokens(source.device, model.dtype))
     options: dict[str, Any] = {"pages": need + 1, "max_batch": rows, "max_model_len": MAX_MODEL_LEN}
     options["graphs"] = stage == "prefill"  # a replayed step allocates nothing
 

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 
 from actors.engine.assemble import over_model
-from actors.engine.attention import kernels_for, page_tokens_of
 from actors.engine.gang import Gang
 from actors.engine.protocol import Request, RowStep
 from actors.engine.shard import split
@@ -34,6 +33,7 @@ from bench.common import (
     default_device,
     device_info,
     first_difference,
+    own_page_tokens,
     print_table,
     random_model,
     runner_of,
@@ -59,7 +59,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         split(model, gang.rank, gang.size, device)
         part = torch.zeros(args.rows, model.config.hidden_size, dtype=dtype, device=device)
         sum_us = 1e6 * seconds_a_sum(gang, part)
-    page_tokens = page_tokens_of(kernels_for(device, dtype)[0])
+    page_tokens = own_page_tokens(device, dtype)
     began_s = time.perf_counter()
     pages_row = -(-(args.context + DECODE_STEPS) // page_tokens)
     engine = over_model(

@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from actors.engine.kernels import BLOCK
 from actors.engine.kv import KVCache, kv_shapes
 from actors.errors import InputError, UnsupportedModel
 
@@ -55,7 +56,7 @@ RUNS = 4
 """Runs of shared pages that a replayed step reads once."""
 HALF: tuple[Kernel, ...] = ("triton", "flash_attn", "torch_varlen")
 """Kernels for half precision, the fastest first."""
-_PAGE_UNIT: dict[Kernel, int] = {"triton": 64, "flash_attn": 256, "torch_varlen": 256}
+_PAGE_UNIT: dict[Kernel, int] = {"triton": BLOCK, "flash_attn": 256, "torch_varlen": 256}
 _TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)
 _FP8_CAPABILITY = (8, 9)  # below, Triton's compiler has no e4m3
 _INSTALL = "`uv pip install flash-attn==2.8.3 --no-build-isolation`, torch 2.14 or later, or model.dtype: float32"

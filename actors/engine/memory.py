@@ -191,9 +191,9 @@ def graph_bytes(
     batch: int,
     max_model_len: int,
     hopper: bool,
+    page_tokens: int,
     tp: int = 1,
     quantization: str | None = None,
-    page_tokens: int = page_tokens_of("triton"),
 ) -> int:
     """Captured decode steps of all sizes up to `batch`."""
     sizes = graph_sizes(batch)
@@ -249,7 +249,7 @@ def predict(
         activation_bytes=activations,
         logits_bytes=logits,
         workspace_bytes=THREADS * CUBLAS_BYTES[hopper] if cuda else 0,
-        graph_bytes=graph_bytes(config, dtype, max_batch, max_model_len, hopper, tp, quantization, page_tokens)
+        graph_bytes=graph_bytes(config, dtype, max_batch, max_model_len, hopper, page_tokens, tp, quantization)
         if cuda and graphs and not copies
         else 0,
         context_bytes=CONTEXT_BYTES if cuda else 0,

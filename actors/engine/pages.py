@@ -190,7 +190,7 @@ class PageAllocator:
         kept = _common(tail.tokens, rest) if tail else 0
         if not kept:
             tail = None
-        source, copied = self._best_source(end, rest, old.path[len(path) :] if old else [])
+        source, copied = self._best_source(end, rest, old.path[len(path) : len(path) + 1] if old else [])
 
         missing = -(-max(len(token_ids), min_tokens or 0) // self.page_tokens) - len(path)
         room = self.available - leave - sum(not node.pins for node in path)
@@ -313,11 +313,10 @@ class PageAllocator:
         """The page below `end` that starts with most of `rest`, and how many tokens of it.
 
         Args:
-            own: pages of the sequence that its context has left; below a shared prompt its first is one of very many.
+            own: the page of the sequence that its context leaves, if any; below a shared prompt it is one of very many.
         """
         best, most = None, 0
-        mine = [node for node in own[:1] if node.parent is end and not node.gone]
-        for nodes in (mine, end.children.values(), end.tails):
+        for nodes in ([node for node in own if node.parent is end and not node.gone], end.children.values(), end.tails):
             for _, node in zip(range(_COPY_CANDIDATES), reversed(nodes), strict=False):
                 if (common := _common(node.tokens, rest)) > most:
                     best, most = node, common

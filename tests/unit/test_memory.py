@@ -1,6 +1,7 @@
 """The memory model against published sizes, real steps on the CPU, and what was measured on GPUs."""
 
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -242,10 +243,12 @@ def test_the_allocators_rests():
 
 
 def test_the_rests_behind_the_weights_of_an_8b_on_an_h100():
-    """Keys and values have 8 MiB a layer each: 4 MiB are left of every segment. 146 MiB were measured behind them;
-    joined with queries they leave less."""
+    """Keys and values have 8 MiB a layer each: 4 MiB are left of every segment. Joined with queries they leave less."""
+    document = json.loads((RESULTS / "react_replay_8b_unfused.json").read_text())
+    said = document["summary"]["256"]["berth"]["settings"]["memory"]
+    found = int(re.search(r"slack \d+ → (\d+)", said)[1]) * MIB
     sizes = memory._weight_sizes(model_config("8b"), BF16, None, 1)
-    assert memory.unused_bytes(sizes) == pytest.approx(146 * MIB, abs=2 * MIB)
+    assert memory.unused_bytes(sizes) == pytest.approx(found, abs=2 * MIB)
 
 
 def test_an_idle_engine_on_an_h100():

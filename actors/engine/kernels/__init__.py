@@ -1,5 +1,7 @@
 """Attention over paged KV in Triton. Knows nothing of who owns a page, of scheduling or of models."""
 
+BLOCK = 64
+"""Keys that a program takes at a time. All lie in one page, so a page has a multiple of them."""
 STEP = [
     *("rows", "width", "window", "table", "lens", "first", "chunk_row", "chunk_pages", "cu_q", "cu_k"),
     *("tile_row", "first_tile", "k_scale", "v_scale"),

@@ -25,11 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from actors.engine.kernels import STEP
+from actors.engine.kernels import BLOCK, STEP
 
 # Chosen on an H100. Of the programs of a multiprocessor about half are resident at a time.
-_OWN = {"BLOCK": 64, "num_warps": 4, "num_stages": 3}
-_RUN = {"BLOCK": 64, "num_warps": 4}
+_OWN = {"BLOCK": BLOCK, "num_warps": 4, "num_stages": 3}
+_RUN = {"BLOCK": BLOCK, "num_warps": 4}
 _OWN_PROGRAMS, _RUN_PROGRAMS = 16, 1
 _TILE = 64  # queries of a program over shared pages
 

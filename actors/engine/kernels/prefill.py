@@ -20,11 +20,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from actors.engine.kernels import STEP
+from actors.engine.kernels import BLOCK, STEP
 
 _LOG2_E = 1.4426950408889634
 # Chosen on an H100. Tiles of 128 queries are quicker but where rows have so few that most of a tile is padding.
-_BLOCK, _WARPS = 64, 4
+_WARPS = 4
 _TILE, _SMALL_TILE = 128, 64
 _WIDE = 128  # head dimension above which shared memory holds no large tile and no third stage
 
@@ -163,7 +163,7 @@ def attend(
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     quantized = k_scale_PSK is not None
     group = triton.next_power_of_2(heads // kv_heads)
-    k, v = (TensorDescriptor.from_tensor(cache.view(-1, kv_heads * dim), [_BLOCK, dim]) for cache in (k_PSKD, v_PSKD))
+    k, v = (TensorDescriptor.from_tensor(cache.view(-1, kv_heads * dim), [BLOCK, dim]) for cache in (k_PSKD, v_PSKD))
     scales = (k_scale_PSK, v_scale_PSK) if quantized else (lens_R, lens_R)
     _attention_prefill[(kv_heads, len(tile_row_I))](
         q_THD, k, v, *scales, out_THD, table_RP, cu_q_R1, lens_R, tile_row_I, first_tile_R1,
@@ -171,6 +171,6 @@ def attend(
         scale if softcap is not None else scale * _LOG2_E, softcap or 1.0, window or 0,
         H=heads, K=kv_heads, G=heads // kv_heads, D=dim, S=page_tokens, M=queries * group, GROUP=group,
         CAPPED=softcap is not None, WINDOWED=window is not None, QUANTIZED=quantized,
-        BLOCK=_BLOCK, num_warps=_WARPS, num_stages=3 if dim <= _WIDE else 2,
+        BLOCK=BLOCK, num_warps=_WARPS, num_stages=3 if dim <= _WIDE else 2,
     )  # fmt: skip
     return out_THD
