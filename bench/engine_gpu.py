@@ -31,13 +31,14 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from actors.engine import loader
 from actors.engine.assemble import over_model
+from actors.engine.attention import Kernel, kernels_for, page_tokens_of
 from actors.engine.int8 import quantise
 from actors.engine.paged import PagedEngine
 from actors.engine.pages import Admission, PageAllocator
@@ -281,14 +282,15 @@ def half_precision(args: argparse.Namespace, source: Source) -> list[Result]:
         first = make_prompts(1, SHARED_TOKENS, model.config.vocab_size, seed=2)[0]
         prompts = make_prompts(args.prompts, args.max_prompt, model.config.vocab_size)
         prompts = [(first + p if i % 2 else p)[: args.max_prompt] for i, p in enumerate(prompts)]
-        page_tokens = own_page_tokens(source.device, model.dtype)
-        pages = pages_for([len(prompt) + args.tokens for prompt in prompts], page_tokens) + 1
-        options: dict[str, Any] = {"pages": pages, "max_batch": len(prompts), "max_model_len": MAX_MODEL_LEN}
+        kernel = args.kernel or kernels_for(source.device, model.dtype)[0]
+        pages = pages_for([len(prompt) + args.tokens for prompt in prompts], page_tokens_of(kernel)) + 1
+        bounds: dict[str, Any] = {"pages": pages, "max_batch": len(prompts), "max_model_len": MAX_MODEL_LEN}
+        options = bounds | {"kernel": kernel}
         engine = over_model(model, graphs=False, compile="off", **options)
         engine.scheduler.plan_behind = lambda under_way, admit=True: []
         plain: Any = together(engine, prompts, args.tokens)
         engine.close()
-        engine = over_model(exact, kernel="reference", **options)
+        engine = over_model(exact, **(bounds | {"kernel": "reference"}))
         wanted: Any = together(engine, prompts, args.tokens)
         engine.close()
         wanted_NGV, yardstick_NGV = (
@@ -443,7 +445,7 @@ def memory(args: argparse.Namespace, source: Source) -> list[Result]:
     cuda = source.device.startswith("cuda")
     model = source.load("auto" if source.folder else "bfloat16" if cuda else "float32")
     vocabulary, draw = model.config.vocab_size, random.Random(3)
-    engine = over_model(model, pages=args.pages, page_tokens=256, max_batch=64, max_model_len=MAX_MODEL_LEN)
+    engine = over_model(model, pages=args.pages, max_batch=64, max_model_len=MAX_MODEL_LEN)
 
     def tokens(size: int) -> list[int]:
         return [draw.randrange(3, vocabulary) for _ in range(size)]
@@ -845,10 +847,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-prompt", type=int, default=1500, help="a, b, d: tokens of the longest prompt")
     add("--tokens", type=int, default=64, help="a, b, d: tokens generated a prompt")
     add("--numerics", default="fast,invariant", help="a: which to run")
+    add("--kernel", choices=get_args(Kernel), help="b: attention (default: the fastest there is)")
     add("--page-tokens", type=int, default=32, help="a: small pages, so that rows outgrow theirs")
     add("--max-prefill-tokens", type=int, default=2048, help="a, e: tokens of a prefill step")
     add("--calls", type=int, default=10_000, help="c: calls")
-    add("--pages", type=int, default=256, help="c: KV pages, of 256 tokens")
+    add("--pages", type=int, default=256, help="c: KV pages")
     add("--replay", help="e: JSON lines of recorded trajectories with `steps` of thought, action, observation")
     add("--fewshot", help="e: text file that all prompts start with (default: an instruction)")
     add("--trajectories", type=int, default=20, help="e: how many")
