@@ -2,7 +2,7 @@
 
 a  exactness  fp32, reference attention: alone = batched = preempted = `ReferenceEngine`, token for token
 b  half       bf16 and fp16 kernels against fp32 on the same (rounded) weights: logits, first divergence, CUDA graphs;
-              graphs, compiled layers, shared pages and steps launched ahead against none of them
+              graphs, compiled and fused layers, shared pages and steps launched ahead against none of them
 c  memory     thousands of short calls: neither torch's memory nor the process grows
 d  oom        a real out-of-memory error, by a cap and by another process: every request completes, tokens unchanged
 e  reuse      replayed trajectories: equal tokens with and without reuse; what is reused, by size of the pool
@@ -286,10 +286,6 @@ def half_precision(args: argparse.Namespace, source: Source) -> list[Result]:
         pages = pages_for([len(prompt) + args.tokens for prompt in prompts], page_tokens_of(kernel)) + 1
         bounds: dict[str, Any] = {"pages": pages, "max_batch": len(prompts), "max_model_len": MAX_MODEL_LEN}
         options = bounds | {"kernel": kernel}
-        engine = over_model(model, graphs=False, compile="off", **options)
-        engine.scheduler.plan_behind = lambda under_way, admit=True: []
-        plain: Any = together(engine, prompts, args.tokens)
-        engine.close()
         engine = over_model(exact, **(bounds | {"kernel": "reference"}))
         wanted: Any = together(engine, prompts, args.tokens)
         engine.close()
@@ -299,6 +295,10 @@ def half_precision(args: argparse.Namespace, source: Source) -> list[Result]:
         )
         yardstick_NG = relative(yardstick_NGV, wanted_NGV)
         del yardstick_NGV
+        engine = over_model(model, graphs=False, compile="off", fused=False, **options)
+        engine.scheduler.plan_behind = lambda under_way, admit=True: []
+        plain: Any = together(engine, prompts, args.tokens)
+        engine.close()
         found: dict[bool, list[Any]] = {}
         logits: dict[bool, Tensor] = {}
         for graphs in (False, True):
@@ -636,6 +636,7 @@ def grabbed(args: argparse.Namespace, source: Source, dtype: str, longest: int, 
     events = _counters(engine)
     engine.close()
     prompts = [prompt for wave in waves for prompt in wave]
+    model = source.load(dtype)  # an engine may have changed the other's layers
     for at in range(0, len(found), len(prompts)):
         more, other_tokens, places = compare(model, prompts, expected, found[at : at + len(prompts)])
         failed, differ, where = failed + more, differ + other_tokens, where + places

@@ -208,6 +208,7 @@ def fuses(name, quantized=False):
     assert not any(type(layer.self_attn) is FusedAttention for layer in layers)
     own.forward = rotary
     assert fuse(model, kv), "refused"
+    assert fuse(model, kv), "a second engine over the same model"
     assert all(type(layer.self_attn) is FusedAttention for layer in layers)
     got, fused_pages = run()
     for layer in layers:

@@ -218,7 +218,7 @@ def over_model(
         invariant: same row, same tokens, whatever else runs; float32 only.
         speculation, compile: on, off or auto, see `EngineSpec`.
         fused: one product and one kernel for queries, keys and values, on one GPU under the Triton kernels (see
-            `fused.fuse`).
+            `fused.fuse`). The model is changed in place: no other kernel can run it then.
         kv_dtype: auto is the model's; int8 or fp8.
         budget_fraction: share of the GPU's memory to use.
         gpu_memory_fraction: torch's cap, as it was set; the budget is a share of that.

@@ -136,8 +136,10 @@ def fuse(model: Any, kv: KVCache) -> bool:
         kv: of the model's shapes; its own pages are not touched.
 
     Returns:
-        whether it was done; if not, why not is logged.
+        whether it is done, now or by an engine before this one; if not, why not is logged.
     """
+    if all(isinstance(layer.self_attn, FusedAttention) for layer in model.base_model.layers):
+        return True
     try:
         every = _watch(model, kv)
         kv_dtype = kv.kv_dtype if kv.quantised else "auto"
