@@ -15,6 +15,7 @@ Knows nothing of engines, agents and transports. Not thread-safe.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
@@ -36,7 +37,7 @@ RISK = 0.01
 SKEWED = 1.0  # a gamma distribution with less skewness is close enough to any sum of rows
 GIANTS = 16  # rows that are convolved one by one
 BINS = 128  # that a pool is divided into to convolve them
-_UNIT = 256  # cumulants are integers of 1/256, so that what is charged and released cancels exactly
+_UNIT = 256.0  # cumulants are whole numbers of 1/256, so that what is charged and released cancels exactly
 _STEPS_OF_PRIOR = 2.0  # a row's own growth counts as much as its forecast's after this many steps
 LEVELS = (0.0, *FORECAST_LEVELS)
 """Probabilities of `quantiles_of`."""
@@ -58,15 +59,16 @@ def own_pages(tokens: int, shared_tokens: int, page_tokens: int) -> int:
 
 def survival(tokens_BH: Floats, quantiles_BK: Floats) -> Floats:
     """P(peak > tokens) under peaks with these quantiles at LEVELS, linear between them."""
-    above_BH = (tokens_BH[:, :, None] >= quantiles_BK[:, None, :]).sum(2)
-    last = quantiles_BK.shape[1] - 1
-    low_BH = np.minimum(np.maximum(above_BH - 1, 0), last - 1)
-    row_B1 = np.arange(len(low_BH))[:, None]
-    left_BH, right_BH = quantiles_BK[row_B1, low_BH], quantiles_BK[row_B1, low_BH + 1]
-    part_BH = np.minimum(np.maximum((tokens_BH - left_BH) / np.maximum(right_BH - left_BH, 1e-9), 0.0), 1.0)
-    p_BH = _LEVELS[low_BH]
-    cdf_BH = np.where(above_BH == 0, 0.0, p_BH + part_BH * (_LEVELS[low_BH + 1] - p_BH))
-    return 1.0 - cdf_BH
+    tokens_HB, quantiles_KB = np.ascontiguousarray(tokens_BH.T), np.ascontiguousarray(quantiles_BK.T)  # twice as fast
+    above_HB = (tokens_HB >= quantiles_KB[:, None]).sum(0, np.int8).astype(np.int64)
+    low_HB = np.minimum(np.maximum(above_HB - 1, 0), len(quantiles_KB) - 2)
+    rows = quantiles_KB.shape[1]
+    at_HB = low_HB * rows + np.arange(rows)
+    left_HB, right_HB = quantiles_KB.take(at_HB), quantiles_KB.take(at_HB + rows)
+    part_HB = np.minimum(np.maximum((tokens_HB - left_HB) / np.maximum(right_HB - left_HB, 1e-9), 0.0), 1.0)
+    p_HB = _LEVELS.take(low_HB)
+    cdf_HB = np.where(above_HB == 0, 0.0, p_HB + part_HB * (_LEVELS.take(low_HB + 1) - p_HB))
+    return 1.0 - cdf_HB.T
 
 
 def outlook(
@@ -96,25 +98,23 @@ def outlook(
     return outlook_B2H
 
 
-def demand(outlook_B2H: Floats) -> Ints:
+def demand(outlook_B2H: Floats) -> Floats:
     """Cumulants of the pages of rows at each horizon, [B, 3, H] in 1/256 pages."""
-    pages_BH, alive_BH = outlook_B2H[:, 0], outlook_B2H[:, 1]
+    pages_BH, alive_BH = np.ascontiguousarray(outlook_B2H.swapaxes(0, 1))
     left_BH = 1.0 - alive_BH
-    cumulants_B3H = np.empty((len(pages_BH), 3, pages_BH.shape[1]))
-    first, second, third = (cumulants_B3H[:, i] for i in range(3))
-    np.multiply(pages_BH, alive_BH * _UNIT, first)
-    np.multiply(pages_BH, first * left_BH, second)
-    np.multiply(pages_BH, second * (left_BH - alive_BH), third)
-    return np.rint(cumulants_B3H).astype(np.int64)
+    first_BH = pages_BH * (alive_BH * _UNIT)
+    second_BH = pages_BH * (first_BH * left_BH)
+    third_BH = pages_BH * (second_BH * (left_BH - alive_BH))
+    return np.rint(np.stack((first_BH, second_BH, third_BH), 1))
 
 
-def needed(cumulants: NDArray[np.int64]) -> Any:
+def needed(cumulants: Floats) -> Any:
     """Pages that [..., 3, H] summed cumulants exceed with a probability of 1 %, [..., H] at each horizon."""
     pages = cumulants / _UNIT
     first, second, third = pages[..., 0, :], pages[..., 1, :], pages[..., 2, :]
     deviation = np.sqrt(second)
     # Far ahead few rows are left, each with a small chance to be large: no expansion around a normal holds there.
-    sixth = np.maximum(third / (np.maximum(second, 1e-4) * np.maximum(deviation, 0.01)), 1e-3) / 6  # of the skewness
+    sixth = np.maximum(third / np.maximum(second * deviation, 1e-6), 1e-3) / 6  # of the skewness
     root = np.maximum(1 + sixth * (SIGMAS - sixth), 0)
     return first + (root * root * root - 1) / (3 * sixth) * deviation
 
@@ -128,15 +128,15 @@ def _tail(pages: Floats, cumulants: Floats) -> Floats:
     return np.where(root > 0, np.interp(6 / skew * (root - 1) + skew / 6, _Z, _TAIL), 1.0)
 
 
-def doubtful(cumulants: NDArray[np.int64], rows: int, limit: float) -> NDArray[np.bool_]:
+def doubtful(cumulants: Floats, rows: int, limit: float) -> NDArray[np.bool_]:
     """Horizons at which `needed` may err about a pool of `limit` pages: rows are few or their sum is skewed, and its
     mean and deviation alone (Cantelli's inequality) do not say that it stays within."""
     first, second, third = cumulants / _UNIT
-    coarse = (third > SKEWED * np.maximum(second, 0.0) ** 1.5) | (rows <= GIANTS)
-    return coarse & (RISK * np.maximum(limit - first, 0.0) ** 2 < (1 - RISK) * second)
+    doubt = RISK * np.maximum(limit - first, 0.0) ** 2 < (1 - RISK) * second
+    return doubt if rows <= GIANTS else doubt & (third > SKEWED * second**1.5)
 
 
-def overflow(outlook_B2H: Floats, others: NDArray[np.int64], limit: float) -> float:
+def overflow(outlook_B2H: Floats, others: Floats, limit: float) -> float:
     """P(pages > limit) of these rows and of others whose summed cumulants are [3, H], at the worst horizon.
 
     The pool is divided into bins; a row that ends between two is there and there in part, so that its mean is kept.
@@ -152,13 +152,13 @@ def overflow(outlook_B2H: Floats, others: NDArray[np.int64], limit: float) -> fl
     padded_HW = np.zeros((horizons, width))
     padded_HW[:, bins + 1] = 1.0
     chance_HN = padded_HW[:, bins + 1 :]
-    at_HN = (np.arange(horizons) * width + bins + 1)[:, None] + at_N
-    for low_H, alive_H, upper_H in zip(low_BH.astype(np.int64), alive_BH, upper_BH, strict=True):
-        from_HN = at_HN - low_H[:, None]
-        added_HN = (alive_H - upper_H)[:, None] * padded_HW.take(from_HN)
+    from_BHN = (np.arange(horizons)[:, None] * width + bins + 1 + at_N) - low_BH.astype(np.int64)[:, :, None]
+    shares = ((1 - alive_BH)[:, :, None], (alive_BH - upper_BH)[:, :, None], upper_BH[:, :, None])
+    for from_HN, none_H1, low_H1, upper_H1 in zip(from_BHN, *shares, strict=True):
+        added_HN = low_H1 * padded_HW.take(from_HN)
         if unit > 1:
-            added_HN += upper_H[:, None] * padded_HW.take(from_HN - 1)
-        chance_HN *= (1 - alive_H)[:, None]
+            added_HN += upper_H1 * padded_HW.take(from_HN - 1)
+        chance_HN *= none_H1
         chance_HN += added_HN
     left_N = limit + unit * (0.5 - at_N.astype(np.float64))
     within_HN = chance_HN * (1 - _tail(left_N, others / _UNIT))
@@ -210,7 +210,7 @@ class Pool:
         self.shared = np.zeros(0)
         self.residents = np.zeros(0, np.int64)
         self.is_held = np.zeros(0, np.bool_)
-        self.charged = np.zeros((0, 3, len(HORIZONS)), np.int64)
+        self.charged = np.zeros((0, 3, len(HORIZONS)))
         # Pages left under the bound at each horizon, -inf where closed. A first look, for which 32 bits do.
         self.left = np.zeros((len(HORIZONS), 0), np.float32)
         self.refused = np.zeros(0)  # pages of the smallest row that had room and was too much of a risk
@@ -232,7 +232,8 @@ class Pool:
         self.steps = np.zeros(0)
         self.quantiles = np.zeros((0, len(LEVELS)))
         self.outlook = np.zeros((0, 2, len(HORIZONS)))
-        self.cumulants = np.zeros((0, 3, len(HORIZONS)), np.int64)
+        self.cumulants = np.zeros((0, 3, len(HORIZONS)))
+        self.size = np.zeros(0)  # the largest of its means
         self.alone = np.zeros(0)  # see _alone; nan until it is asked for
         self.deadline_s, self.asked_s = np.zeros(0), np.zeros(0)
         self.waiting_since_s = np.zeros(0)  # for its tool; inf while it computes
@@ -303,9 +304,10 @@ class Pool:
             self._uncharge(row)
             self._enqueue(row)
 
-    def _refresh(self, replicas: Any) -> None:
-        """Recompute what is left of these replicas (an index or an array of them)."""
-        left = (self.pages[replicas] - self.shared[replicas]) - needed(self.charged[replicas]).T
+    def _refresh(self, replicas: Any, needed_H: Floats | None = None) -> None:
+        """Recompute what is left of these replicas (an index or an array of them), or of one whose need is known."""
+        pages = needed(self.charged[replicas]).T if needed_H is None else needed_H
+        left = (self.pages[replicas] - self.shared[replicas]) - pages
         free = (self.residents[replicas] < self.slots[replicas]) & ~self.is_held[replicas]
         self.left[:, replicas] = np.where(free, left, -np.inf)
         self.refused[replicas] = np.inf
@@ -319,7 +321,7 @@ class Pool:
             for name in ("home", "prefix", "tokens", "prompt", "growth", "steps", "quantiles", "outlook", "cumulants"):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros((more, *old.shape[1:]), old.dtype)]))
-            for name in ("alone", "deadline_s", "asked_s", "waiting_since_s", "parked"):
+            for name in ("size", "alone", "deadline_s", "asked_s", "waiting_since_s", "parked"):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros(more, old.dtype)]))
             self.home[size:] = -1
@@ -379,7 +381,8 @@ class Pool:
         self._sum_up(rows)
 
     def _sum_up(self, rows: Ints) -> None:
-        self.cumulants[rows] = demand(self.outlook[rows])
+        self.cumulants[rows] = cumulants_B3H = demand(self.outlook[rows])
+        self.size[rows] = cumulants_B3H[:, 0].max(1)
         self.alone[rows] = np.nan
 
     def _alone(self, row: int) -> float:
@@ -423,7 +426,7 @@ class Pool:
         homes.discard(-1)
         self._refresh(sorted(homes))
 
-    def _charge(self, row: int, r: int) -> None:
+    def _charge(self, row: int, r: int, needed_H: Floats | None = None) -> None:
         p = self.prefix[row]
         self.home[row] = r
         if not self.refs[p, r]:
@@ -432,7 +435,7 @@ class Pool:
         self.residents[r] += 1
         self.charged[r] += self.cumulants[row]
         self.parked[row] = False
-        self._refresh(r)
+        self._refresh(r, needed_H)
 
     def _uncharge(self, row: int) -> None:
         if (r := self._discharge(row)) >= 0:
@@ -455,14 +458,14 @@ class Pool:
     # --- queues
 
     def _enqueue(self, row: int) -> None:
-        suite, size = self.suite[row], float(self.cumulants[row, 0].max())
+        suite = self.suite[row]
         heap = self._heaps.setdefault(suite, [])
         if not heap:  # no credit for the time in which it asked for nothing
             busy = [self.served[name] for name, other in self._heaps.items() if other and name in self.served]
             self.served[suite] = max(self.served.get(suite, 0.0), min(busy, default=0.0))
         self.ticket[row] = next(self._tickets)
         self.queued += 1
-        heapq.heappush(heap, (self.asked_s[row] / self.aging_s - np.log2(size), self.ticket[row], row))
+        heapq.heappush(heap, (self.asked_s[row] / self.aging_s - math.log2(self.size[row]), self.ticket[row], row))
 
     def _dequeue(self, row: int) -> None:
         """Its entry stays in the heap, outdated."""
@@ -493,12 +496,12 @@ class Pool:
                 if found:
                     break
             if found:
-                row, r = found
+                row, r, needed_H = found
                 if row in self.held:
                     refused.clear()
                 self._dequeue(row)
-                self._charge(row, r)
-                self.served[self.suite[row]] += float(self.cumulants[row, 0].max()) / _UNIT
+                self._charge(row, r, needed_H)
+                self.served[self.suite[row]] += float(self.size[row]) / _UNIT
                 granted.append(row)
             elif parked or not self._park(now_s):
                 break
@@ -507,8 +510,10 @@ class Pool:
                 refused.clear()
         return granted
 
-    def _next(self, heap: list[tuple[float, int, int]], refused: set[int], now_s: float) -> tuple[int, int] | None:
-        """The first row of a heap that fits somewhere, and where; those that do not are added to `refused`."""
+    def _next(
+        self, heap: list[tuple[float, int, int]], refused: set[int], now_s: float
+    ) -> tuple[int, int, Floats | None] | None:
+        """The first row of a heap that fits somewhere, and `_fit`; those that do not are added to `refused`."""
         passed: list[tuple[float, int, int]] = []
         found = None
         while heap and len(passed) <= self.LOOK_PAST:
@@ -517,9 +522,9 @@ class Pool:
                 continue
             passed.append(entry)
             row = entry[2]
-            r = None if row in refused else self._fit(row)
-            if r is not None:
-                found = (row, r)
+            fit = None if row in refused else self._fit(row)
+            if fit:
+                found = (row, *fit)
                 break
             refused.add(row)
             if len(passed) == 1 and row not in self.held and now_s - self.asked_s[row] > self.aging_s:
@@ -537,8 +542,9 @@ class Pool:
         if self.replica_ids[r] is not None and not self.is_held[r]:
             self.held[row], self.is_held[r], self.left[:, r] = r, True, -np.inf
 
-    def _fit(self, row: int) -> int | None:
-        """The replica that has the most room left with the row's mean, if it takes the row; then the next three.
+    def _fit(self, row: int) -> tuple[int, Floats | None] | None:
+        """The replica that has the most room left with the row's mean, if it takes the row; then the next three. With
+        what all of its rows need then, where that was asked.
 
         A replica without room for the mean is not asked: seldom the rule would have let the row in all the same, where
         it makes a skewed sum less so.
@@ -547,21 +553,23 @@ class Pool:
         mean = self.cumulants[row, 0]
         room = (self.left - (mean[:, None] / _UNIT).astype(np.float32)).min(0)
         room -= self.prefix_pages[p] * (self.refs[p] == 0)
-        room[self.refused <= mean.max()] = -np.inf
-        if (r := self.held.get(row)) is not None and (self._takes(r, row) or not self.residents[r]):
-            return r
+        room[self.refused <= self.size[row]] = -np.inf
+        if (r := self.held.get(row)) is not None:
+            needed_H = self._takes(r, row)
+            if needed_H is not None or not self.residents[r]:
+                return r, needed_H
         avoid = self._avoided(row)
         for _ in range(4):
             r = int(room.argmax())
             if room[r] < -0.5:  # rounded
                 break
-            if r != avoid and self._takes(r, row):
-                return r
+            if r != avoid and (needed_H := self._takes(r, row)) is not None:
+                return r, needed_H
             room[r] = -np.inf
         # Larger than any pool allows: alone on the largest.
         if self._alone(row) + self.prefix_pages[p] > (top := self.largest):
             alone = np.flatnonzero((self.pages == top) & (self.residents == 0) & (self.left[0] > -np.inf))
-            return int(alone[0]) if len(alone) else None
+            return (int(alone[0]), None) if len(alone) else None
         return None
 
     def _avoided(self, row: int) -> int:
@@ -573,29 +581,31 @@ class Pool:
         could[avoid] = False
         return avoid if could.any() else -1
 
-    def _takes(self, r: int, row: int) -> bool:
+    def _takes(self, r: int, row: int) -> Floats | None:
+        """What the rows of a replica need with this one at each horizon; None where it does not take it."""
         if self.residents[r] >= self.slots[r]:
-            return False
+            return None
         p = self.prefix[row]
         limit = float(self.pages[r] - self.shared[r] - (0 if self.refs[p, r] else self.prefix_pages[p]))
         total = self.charged[r] + self.cumulants[row]
-        if needed(total).max() > limit:
-            return False
+        needed_H = needed(total)
+        if needed_H.max() > limit:
+            return None
         if not self.residents[r]:
-            return True  # there is nobody whom it could crowd out
+            return needed_H  # there is nobody whom it could crowd out
         if not (doubt := doubtful(total, int(self.residents[r]) + 1, limit)).any():
-            return True
+            return needed_H
         rows = np.append(np.flatnonzero(self.home == r), row)
         doubt &= self.outlook[rows, 0].sum(0) > limit
         if not doubt.any():
-            return True
+            return needed_H
         skewest = np.argsort(self.cumulants[rows, 2][:, doubt].max(1))[-GIANTS:]
         giants = rows[skewest]
         others = total - self.cumulants[giants].sum(0)
-        takes = overflow(self.outlook[giants][:, :, doubt], others[:, doubt], limit) <= RISK
-        if not takes:
-            self.refused[r] = min(self.refused[r], self.cumulants[row, 0].max())
-        return takes
+        if overflow(self.outlook[giants][:, :, doubt], others[:, doubt], limit) <= RISK:
+            return needed_H
+        self.refused[r] = min(self.refused[r], self.size[row])
+        return None
 
     # --- waits
 
@@ -611,8 +621,9 @@ class Pool:
         refill_s = self.refill_s[self.home[rows]]
         waited_s = now_s - self.waiting_since_s[rows]
         found = False
-        for suite in {self.suite[row] for row in rows[waited_s > 0.1 * refill_s].tolist()}:
-            mine = np.array([self.suite[row] == suite for row in rows.tolist()])
+        suites = np.array([self.suite[row] for row in rows.tolist()])
+        for suite in set(suites[waited_s > 0.1 * refill_s].tolist()):
+            mine = suites == suite
             past = np.sort(np.array(self.past_waits.get(suite, ())))
             for row in rows[mine][~keeps(waited_s[mine], past, refill_s[mine])].tolist():
                 self._uncharge(row)

@@ -267,11 +267,11 @@ class Simulation:
             if len(back):
                 ready = self.place.back(back)
                 self._calls(ready, self.next_s[ready])
+            waiting: list[int] = []
             for r in freed:
-                if self.blocked[r]:
-                    waiting = np.array(self.blocked[r])
-                    self.blocked[r].clear()
-                    self._calls(waiting, np.full(len(waiting), self.now_s), again=True)
+                waiting += self.blocked[r]
+                self.blocked[r].clear()
+            self._calls(np.array(waiting, np.int64), np.full(len(waiting), self.now_s), again=True)
         self.active = self.active[self.home[self.active] != -2]
 
     def _answers(self, rows: Ints) -> None:
@@ -306,24 +306,25 @@ class Simulation:
         trace = self.trace
         at, homes = trace.first[rows] + self.step[rows], self.home[rows]
         want = np.maximum(-(-trace.ends[at] // PAGE) - self.shared_pages[trace.suite[rows]], 1).astype(np.float64)
-        total = self.used.copy()
-        np.add.at(total, homes, want - self.own[rows])
+        held, total = self.own[rows], self.used.copy()
+        np.add.at(total, homes, want - held)
         starts = total[homes] <= self.pool[homes]
-        held = self.own[rows]
-        self._occupy(rows[starts], homes[starts], want[starts])
+        np.add.at(self.used, homes[starts], want[starts] - held[starts])
+        self._occupy(rows[starts], want[starts])
         slow = np.flatnonzero(~starts).tolist()
         if slow and not again:
             self.overshoots += len(set(homes[slow].tolist()))
-        for i in slow:  # one by one, oldest first; nothing overtakes within a replica
-            row, r = int(rows[i]), int(homes[i])
-            starts[i] = not (self.blocked[r] and not again) and self._make_room(r, row, float(want[i]))
-            held[i] = self.own[row]
-            if starts[i]:
-                self._occupy(rows[i : i + 1], homes[i : i + 1], want[i : i + 1])
-            else:
+        for i, row, r, pages in zip(slow, *(each[slow].tolist() for each in (rows, homes, want)), strict=True):
+            # One by one, oldest first; nothing overtakes within a replica.
+            if (self.blocked[r] and not again) or not self._make_room(r, row, pages):
                 self.blocked[r].append(row)
-                self.blocks += not again
-                self.next_s[row] = np.inf
+                continue
+            starts[i], held[i] = True, self.own[row]
+            self.used[r] += pages - self.own[row]
+            self._occupy(row, pages)
+        self.next_s[rows[~starts]] = np.inf
+        if not again:
+            self.blocks += len(rows) - int(starts.sum())
         rows, homes, at, held, at_s = rows[starts], homes[starts], at[starts], held[starts], at_s[starts]
         # What it held is reused; without pages everything but the shared prompt is computed.
         context = trace.ends[at] - trace.generated[at]
@@ -343,17 +344,16 @@ class Simulation:
         token_s = (WEIGHT_BYTES + self.used[homes] * PAGE * KV_BYTES) / self.bandwidth[homes]
         self.next_s[rows] = end_s + trace.generated[at] * token_s
 
-    def _occupy(self, rows: Ints, homes: Ints, want: Floats) -> None:
+    def _occupy(self, rows: Ints | int, want: Floats | float) -> None:
         """The calls of these rows run, with room for what they grow to."""
-        np.add.at(self.used, homes, want - self.own[rows])
         self.own[rows] = want
         self.stamp[rows] += 1
         self.running[rows] = True
 
     def _make_room(self, r: int, row: int, want: float) -> bool:
         """Evict cached pages, least recently used first, until the row's call fits; False where all others run."""
-        cached = self.cached[r]
-        while self.used[r] + want - self.own[row] > self.pool[r]:
+        cached, own = self.cached[r], self.own[row]
+        while self.used[r] + want - own > self.pool[r]:
             if not cached:
                 return False
             other, stamp = cached.popleft()
@@ -400,18 +400,9 @@ class Core:
                 continue
             trajectories = np.array([turn.popleft() for _ in range(count)])
             grown, steps = self.forecasts[suite]
-            shared = int(s.shared_pages[suite]) * PAGE
-            forecasts = [
-                Forecast(
-                    p,
-                    shared,
-                    int(p + grown[LEVELS.index(0.5)]),
-                    int(p + grown[LEVELS.index(0.95)]),
-                    tuple(map(int, p + grown[1:])),
-                    round(steps),
-                )
-                for p in s.trace.prompt[trajectories].tolist()
-            ]
+            shared, median, p95 = int(s.shared_pages[suite]) * PAGE, LEVELS.index(0.5), LEVELS.index(0.95)
+            peaks = (s.trace.prompt[trajectories][:, None] + grown).astype(np.int64).tolist()
+            forecasts = [Forecast(p[0], shared, p[median], p[p95], tuple(p[1:]), round(steps)) for p in peaks]
             # Indices first: an oracle looks its rows up while they are added.
             rows = self.pool.take(self.names[suite], count, s.now_s)
             s.of_row[rows], self.row_of[trajectories] = trajectories, rows
@@ -471,6 +462,12 @@ class Simple:
         self.rows: list[set[int]] = [set() for _ in range(s.replicas)]
         self.dirty = set(range(s.replicas))
         self.rng = np.random.default_rng(1)
+        # of each row: pages it has, tokens it grew by, and the share of the history that grew by less
+        self.now = -(-s.trace.prompt // PAGE) - s.shared_pages[s.trace.suite]
+        self.grown, self.past = np.zeros(len(s.order)), np.zeros(len(s.order))
+        self.quantiles = np.stack([growth for growth, _ in self.forecasts])
+        self.levels = np.array(LEVELS)
+        self.slopes = np.diff(self.quantiles, append=0.0) / np.diff(self.levels, append=2.0)
 
     def admit(self) -> tuple[Ints, Ints]:
         """Rows that get a home now, and their homes."""
@@ -538,25 +535,29 @@ class Simple:
         if not self.rows[r]:
             return 0.0
         rows = np.fromiter(self.rows[r], np.int64)
-        suites = s.trace.suite[rows]
-        quantiles = np.stack([self.forecasts[suite][0] for suite in range(len(SUITES))])[suites]
-        grown = s.tokens[rows] - s.trace.prompt[rows]
-        past = 1.0 - survival(grown[:, None].astype(np.float64), quantiles)[:, 0]
+        suites, past = s.trace.suite[rows], self.past[rows]
         draw = past + (1 - past) * self.rng.random(len(rows))
-        left = -grown.astype(np.float64)
-        for suite, (growth, _) in enumerate(self.forecasts):
-            left[suites == suite] += np.interp(draw[suites == suite], LEVELS, growth)
+        level = np.searchsorted(self.levels, draw, "right") - 1
+        growth = self.slopes[suites, level] * (draw - self.levels[level]) + self.quantiles[suites, level]
+        left = growth - self.grown[rows]
         order = np.argsort(-left)
-        now = -(-s.tokens[rows] // PAGE) - s.shared_pages[suites]
-        ahead = np.cumsum(now[order]) + np.arange(1, len(rows) + 1) * np.ceil(np.maximum(left[order], 0) / PAGE)
-        return float(ahead.max()) + float(s.shared_pages[np.unique(suites)].sum())
+        ahead = np.cumsum(self.now[rows][order])
+        ahead = ahead + np.arange(1, len(rows) + 1) * np.ceil(np.maximum(left[order], 0) / PAGE)
+        return float(ahead.max()) + float(s.shared_pages[np.bincount(suites, minlength=len(SUITES)) > 0].sum())
 
     def answered(self, done: Ints, homes: Ints, waiting: Ints) -> None:
         """Rows are done, and leave their homes; others wait for their tools."""
+        np.subtract.at(self.reserved, homes, self.reserve)
+        s = self.simulation
+        if s.policy != "lightllm":
+            return
         for row, r in zip(done.tolist(), homes.tolist(), strict=True):
-            self.reserved[r] -= self.reserve
             self.rows[r].discard(row)
-            self.dirty.add(r)
+        self.dirty.update(homes.tolist())
+        suites = s.trace.suite[waiting]
+        self.now[waiting] = -(-s.tokens[waiting] // PAGE) - s.shared_pages[suites]
+        self.grown[waiting] = s.tokens[waiting] - s.trace.prompt[waiting]
+        self.past[waiting] = 1.0 - survival(self.grown[waiting, None], self.quantiles[suites])[:, 0]
 
     def back(self, trajectories: Ints) -> Ints:
         """All go on: nobody is parked."""
