@@ -107,5 +107,7 @@ def duration(seconds: float) -> str:
 
 def eta(done: int, before: int, total: int, elapsed_s: float) -> str:
     """Time left at the pace of this session, `before` rows being done when it started; unknown until five more are."""
-    fresh = done - before
-    return "ETA ?" if fresh < min(5, total - before) else f"ETA {duration((total - done) * elapsed_s / fresh)}"
+    fresh, left = done - before, total - done
+    if left and fresh < min(5, total - before):
+        return "ETA ?"
+    return f"ETA {duration(left * elapsed_s / max(1, fresh))}"

@@ -14,6 +14,7 @@ from actors.errors import Incomplete, InputError, RunConflict
 from actors.messages import Numerics, Task
 from pipeline import run as module
 from pipeline.config import RunConfig
+from pipeline.console import eta
 from pipeline.journal import RECORDS
 from pipeline.run import budget, difference, error_types, run_info, same_precision, shortages, write_attempts
 from pipeline.tables import ATTEMPTS, read_table
@@ -277,3 +278,11 @@ def test_a_resumed_run_does_not_mix_precisions():
         RunConflict, match=r"5 rows are done in another precision.*got 'int8'.*wants bfloat16.*kv_dtype"
     ):
         same_precision(info, int8, 5, "out")
+
+
+@pytest.mark.parametrize(
+    ("done", "before", "said"),
+    [(300, 300, "ETA 0 s"), (0, 0, "ETA ?"), (104, 100, "ETA ?"), (120, 100, "ETA 1 min 30 s")],
+)
+def test_the_time_left_is_told_even_where_all_rows_were_done_before(done, before, said):
+    assert eta(done, before, 300, 10.0) == said
