@@ -238,6 +238,7 @@ class Pool:
         self.deadline_s, self.asked_s = np.zeros(0), np.zeros(0)
         self.waiting_since_s = np.zeros(0)  # for its tool; inf while it computes
         self.parked = np.zeros(0, np.bool_)
+        self._moved: set[int] = set()  # their tokens have changed since they were measured
         # queues
         self._heaps: dict[str, list[tuple[float, int, int]]] = {}
         self._tickets = count(1)
@@ -256,6 +257,7 @@ class Pool:
 
     def charged_pages(self) -> dict[str, float]:
         """Pages that the residents of each replica are expected to hold now, shared ones once."""
+        self._catch_up()
         return {replica: self.charged[r, 0, 0] / _UNIT + self.shared[r] for replica, r in self.index.items()}
 
     def replica_up(self, replica: str, pages: int, slots: int, refill_s: float = np.inf) -> None:
@@ -294,6 +296,7 @@ class Pool:
         r = self.index.pop(replica, None)
         if r is None:
             return
+        self._catch_up()
         rows = np.flatnonzero(self.home == r)
         self.replica_ids[r] = None
         self.pages[r], self.slots[r], self.left[:, r] = 0, 0, -np.inf
@@ -400,6 +403,20 @@ class Pool:
         """Rows hold so many tokens now and have made so many more steps."""
         self.steps[rows] += steps
         self.tokens[rows] = tokens
+        self._charge_anew(rows)
+
+    def _moves(self, row: int, tokens: int, steps: int = 0) -> None:
+        """As `advance`, but measured with all others that have moved, once somebody wants to know."""
+        self.steps[row] += steps
+        self.tokens[row] = tokens
+        self._moved.add(row)
+
+    def _catch_up(self) -> None:
+        if self._moved:
+            self._charge_anew(np.array(sorted(self._moved), np.int64))
+            self._moved.clear()
+
+    def _charge_anew(self, rows: Ints) -> None:
         here = rows[self.home[rows] >= 0]
         if not len(here):
             self.measure(rows)
@@ -422,6 +439,7 @@ class Pool:
             self.row_id[row] = None
             self.deadline_s[row] = self.waiting_since_s[row] = np.inf
             self.parked[row] = False
+            self._moved.discard(row)
             self._free.append(row)
         homes.discard(-1)
         self._refresh(sorted(homes))
@@ -480,6 +498,7 @@ class Pool:
         granted: list[int] = []
         if not self.queued or not self.index:
             return granted
+        self._catch_up()
         lead = self.LEAD * float(self.pages.sum())
         parked = False
         refused: set[int] = set()  # nothing but what is granted changes meanwhile
@@ -643,7 +662,10 @@ class Pool:
                 past.append(waited_s)
                 del past[:-512]
         self.waiting_since_s[rows] = np.inf
-        for row in rows[self.parked[rows]].tolist():
+        parked = rows[self.parked[rows]]
+        if len(parked):
+            self._catch_up()
+        for row in parked.tolist():
             self.parked[row] = False
             self._enqueue(row)
 
@@ -672,7 +694,8 @@ class Pool:
             self.avoid[row] = avoid
             # How many steps it took to here was forgotten.
             self.steps[row] = max(0.0, ask.tokens - self.prompt[row]) / self.growth[row]
-            self.advance(one, np.array([float(ask.tokens)]))
+            self.tokens[row] = ask.tokens
+            self.measure(one)
             if home is None:
                 self._enqueue(row)
             else:
@@ -686,7 +709,7 @@ class Pool:
             elif home is not None and self.home[row] not in (-1, home):
                 self._uncharge(row)
                 self._charge(row, home)
-            self.advance(one, np.array([float(ask.tokens)]))
+            self._moves(row, ask.tokens)
             self.resume(one, now_s)
         self.deadline_s[row] = now_s + self.lease_s
         return self.home_of(ask.row_id)
@@ -699,12 +722,11 @@ class Pool:
     def replied(self, row_id: str, attempt: int, tokens: int, now_s: float) -> None:
         """A row's call is answered: it holds so many tokens and waits for its tool."""
         row = self.slot.get(row_id)
-        known = row is not None and self.attempt[row] == attempt
-        if known and tokens >= self.tokens[row]:  # fewer: the next call has overtaken this news
-            one = np.array([row])
-            self.advance(one, np.array([float(tokens)]), 1)
-            self.waits(one, now_s)
-            self.deadline_s[row] = now_s + self.lease_s
+        if row is None or self.attempt[row] != attempt or tokens < self.tokens[row]:
+            return  # fewer: the next call has overtaken this news
+        self._moves(row, tokens, 1)
+        self.waiting_since_s[row] = now_s
+        self.deadline_s[row] = now_s + self.lease_s
 
     def end(self, row_id: str, attempt: int) -> None:
         """A row is over, unless a higher attempt has taken it over."""

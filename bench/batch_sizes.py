@@ -43,7 +43,7 @@ from actors.agent import Limits
 from actors.engine.assemble import MAX_BATCH, over_model
 from actors.engine.paged import PagedEngine
 from actors.engine.protocol import Request
-from actors.ledger import Ledger, Reporter, slots
+from actors.ledger import Ledger, Report, Reporter, slots
 from actors.messages import Ask, Forecast, Generation, Lease, Task
 from bench.common import (
     SHAPES,
@@ -173,7 +173,7 @@ class Fixed:
 
 
 def serve_ledger(connection: Connection) -> None:
-    """The ledger's process: what comes are lists of requests to `Ledger.do` and reports; what goes are ids of rows
+    """The ledger's process: what comes are requests to `Ledger.do` and reports, at last None; what goes are ids of rows
     that have a home."""
 
     async def serve() -> None:
@@ -185,11 +185,17 @@ def serve_ledger(connection: Connection) -> None:
                 pass
             connection.send(ask.row_id)
 
-        while (message := await loop.run_in_executor(None, connection.recv)) is not None:
-            if not isinstance(message, list):
-                await ledger.report(message)
-                continue
-            for (name, (first, *_)), answer in zip(message, await ledger.do(message), strict=True):
+        def receive() -> list[Any]:
+            came = [connection.recv()]
+            while connection.poll():  # what came meanwhile goes together, as an agent's requests do
+                came.append(connection.recv())
+            return came
+
+        while None not in (came := await loop.run_in_executor(None, receive)):
+            for report in (one for one in came if isinstance(one, Report)):
+                await ledger.report(report)
+            asked = [one for one in came if not isinstance(one, Report)]
+            for (name, (first, *_)), answer in zip(asked, await ledger.do(asked), strict=True):
                 if isinstance(answer, Exception):
                     raise answer
                 if name == "ask" and isinstance(answer, Lease):
@@ -240,7 +246,7 @@ class Ledgered:
         if id not in self.forecasts:
             self.forecasts[id] = self.forecaster.forecast(job.task, tokens)
         home = "replica" if id in self.begun else None
-        self.connection.send([("ask", (Ask(id, 1, "suite", self.forecasts[id], tokens, home, None, None),))])
+        self.connection.send(("ask", (Ask(id, 1, "suite", self.forecasts[id], tokens, home, None, None),)))
 
     def admitted(self, id: str) -> None:
         """The trajectory makes its call."""
@@ -252,13 +258,13 @@ class Ledgered:
         """See `Admission`."""
         self.reporter.prefilled += answer.usage.prefilled
         self.reporter.prefill_gpu_s += answer.usage.prefill_gpu_s
-        self.connection.send([("replied", (job.trace.id, 1, tokens))])
+        self.connection.send(("replied", (job.trace.id, 1, tokens)))
         if time.monotonic() > self.reported_s + 1.0:
             self._report()
 
     def ended(self, job: Job, tokens: int) -> None:
         """See `Admission`."""
-        self.connection.send([("end", (job.trace.id, 1))])
+        self.connection.send(("end", (job.trace.id, 1)))
         row = {"row_id": job.task.row_id, "prompt_tokens": len(job.trace.prompt), "peak_tokens": tokens}
         row |= {"num_steps": job.trace.calls, "error_type": None, "metadata": job.task.metadata}
         self.forecaster.observe(row)
