@@ -702,14 +702,15 @@ class Pool:
                 self._charge(row, home)
         else:
             one = np.array([row])
+            self._moves(row, ask.tokens)
             if avoid >= 0 and self.home[row] == avoid:
+                self._catch_up()  # its place in the queue goes by its size
                 self._uncharge(row)
                 self.avoid[row] = avoid
                 self._enqueue(row)
             elif home is not None and self.home[row] not in (-1, home):
                 self._uncharge(row)
                 self._charge(row, home)
-            self._moves(row, ask.tokens)
             self.resume(one, now_s)
         self.deadline_s[row] = now_s + self.lease_s
         return self.home_of(ask.row_id)

@@ -234,6 +234,25 @@ def driver_75(bench: Bench) -> Outcome:
     return _driver(bench, 0.75)
 
 
+@fault(fast=True)
+def on_record(bench: Bench) -> Outcome:
+    """kill -9 of the driver when all rows are on record and no part of results/ can be read, then the same command."""
+    job = bench.start()
+    job.until_calls(STEPS * bench.rows)
+    time.sleep(1)  # the last records are written
+    job.process.kill()
+    killed = job.end()
+    for part in (bench.out / "results").glob("*.parquet"):
+        _cut(part)
+    finished = len(finished_rows(bench.out))
+    found = Outcome([bench.start().end()])
+    if killed != -signal.SIGKILL or finished < bench.rows:
+        found.problems.append(f"the driver ended with {killed}, {finished} rows were on record")
+    if (calls := len(bench.calls())) != STEPS * bench.rows:
+        found.problems.append(f"{calls} calls in all")
+    return found
+
+
 @fault(fast=False)
 def steps_resumed(bench: Bench) -> Outcome:
     """kill -9 of the driver half-way under `journal: steps`: no call is made again but those under way."""

@@ -560,3 +560,19 @@ class Events(RuleBasedStateMachine):
 
 TestEvents = Events.TestCase
 TestEvents.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
+
+
+def test_what_rows_have_come_to_hold_is_charged_before_others_are_let_in():
+    made = placement(200)
+    row_id, *_ = fill(made)
+    pool = made.pools["single"]
+    row, before = pool.slot[row_id], pool.charged[0, 0, 0]
+    made.replied(row_id, 1, 5_000, 1.0)
+    made.ask(ask(row_id, tokens=6_000), 1.0)
+    made.place(1.0)
+    charged, held = pool.charged[0, 0, 0], pool.cumulants[row].copy()
+    pool.measure(np.array([row]))
+    assert (held == pool.cumulants[row]).all()
+    assert charged > before
+    made.replied(row_id, 1, 9_000, 2.0)
+    assert made.pools["single"].charged_pages()["r0"] > charged / 256 + pool.shared[0]
