@@ -296,7 +296,6 @@ class Pool:
         r = self.index.pop(replica, None)
         if r is None:
             return
-        self._catch_up()
         rows = np.flatnonzero(self.home == r)
         self.replica_ids[r] = None
         self.pages[r], self.slots[r], self.left[:, r] = 0, 0, -np.inf
@@ -476,6 +475,8 @@ class Pool:
     # --- queues
 
     def _enqueue(self, row: int) -> None:
+        if row in self._moved:
+            self._catch_up()  # its place goes by its size
         suite = self.suite[row]
         heap = self._heaps.setdefault(suite, [])
         if not heap:  # no credit for the time in which it asked for nothing
@@ -662,10 +663,7 @@ class Pool:
                 past.append(waited_s)
                 del past[:-512]
         self.waiting_since_s[rows] = np.inf
-        parked = rows[self.parked[rows]]
-        if len(parked):
-            self._catch_up()
-        for row in parked.tolist():
+        for row in rows[self.parked[rows]].tolist():
             self.parked[row] = False
             self._enqueue(row)
 
@@ -704,7 +702,6 @@ class Pool:
             one = np.array([row])
             self._moves(row, ask.tokens)
             if avoid >= 0 and self.home[row] == avoid:
-                self._catch_up()  # its place in the queue goes by its size
                 self._uncharge(row)
                 self.avoid[row] = avoid
                 self._enqueue(row)

@@ -286,7 +286,7 @@ def half_precision(args: argparse.Namespace, source: Source) -> list[Result]:
         pages = pages_for([len(prompt) + args.tokens for prompt in prompts], page_tokens_of(kernel)) + 1
         bounds: dict[str, Any] = {"pages": pages, "max_batch": len(prompts), "max_model_len": MAX_MODEL_LEN}
         options = bounds | {"kernel": kernel}
-        engine = over_model(exact, **(bounds | {"kernel": "reference"}))
+        engine = over_model(exact, kernel="reference", **bounds)
         wanted: Any = together(engine, prompts, args.tokens)
         engine.close()
         wanted_NGV, yardstick_NGV = (

@@ -467,6 +467,7 @@ class Simple:
         self.grown, self.past = np.zeros(len(s.order)), np.zeros(len(s.order))
         self.quantiles = np.stack([growth for growth, _ in self.forecasts])
         self.levels = np.array(LEVELS)
+        # No draw is beyond the last level, so what is appended is only a divisor other than 0.
         self.slopes = np.diff(self.quantiles, append=0.0) / np.diff(self.levels, append=2.0)
 
     def admit(self) -> tuple[Ints, Ints]:
