@@ -13,7 +13,7 @@ FinishReason = Literal["stop", "stage", "length", "context"]
 StopReason = Literal["finish", "step_limit", "token_limit", "context_limit", "error"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Task:
     """One sample of one question.
 
@@ -45,7 +45,7 @@ FORECAST_LEVELS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99
 """At which probabilities a forecast gives quantiles; the last is what the limits allow."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Forecast:
     """What a trajectory is expected to need, from its first call to its last. Orders and places work, bounds nothing.
 
@@ -66,7 +66,7 @@ class Forecast:
     p50_steps: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn.
 
@@ -83,7 +83,7 @@ class Sampling:
     seed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Stage:
     """One part of a turn with its own token limit.
 
@@ -103,7 +103,7 @@ class Stage:
     label: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Turn:
     """When a generation ends, in text; the replica turns it into the engine's matcher.
 
@@ -121,7 +121,7 @@ class Turn:
         return sum(stage.max_tokens for stage in self.stages)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Usage:
     """What one call cost.
 
@@ -174,7 +174,7 @@ class Usage:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Generation:
     """What the engine answers.
 
@@ -192,13 +192,13 @@ class Generation:
     logprobs: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Call:
     """One call of a trajectory to its replica.
 
     Attributes:
         row_id: the trajectory; also the engine's sequence id.
-        token_ids: the whole transcript so far.
+        token_ids: the whole transcript so far; an array crosses processes fastest.
         turn: when the answer ends.
         sampling: how tokens are drawn.
         suite: the trajectory's suite.
@@ -213,7 +213,7 @@ class Call:
     home: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DeviceBytes:
     """Memory of a replica's GPU.
 
@@ -227,7 +227,7 @@ class DeviceBytes:
     used: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Reply:
     """A replica's answer to a call.
 
@@ -243,7 +243,7 @@ class Reply:
     device: DeviceBytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Numerics:
     """Under which numerics a replica computes; stands on every row it serves.
 
@@ -261,7 +261,7 @@ class Numerics:
     reproducible: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Step:
     """One Thought, Action, Observation; times in seconds, sizes in tokens.
 
@@ -287,7 +287,7 @@ class Step:
     reused: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Trajectory:
     """A finished rollout of one task, before scoring.
 
@@ -319,7 +319,7 @@ class Trajectory:
     numerics: Numerics | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Ask:
     """A trajectory asks for its home, before each of its calls; asking again changes nothing.
 
@@ -341,7 +341,7 @@ class Ask:
     pool: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Lease:
     """Where a trajectory's calls go until it ends.
 
@@ -357,7 +357,7 @@ class Lease:
     fits: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Resident:
     """A trajectory whose pages a replica keeps."""
 

@@ -6,7 +6,6 @@ Turns a Turn (text) into the engine's matcher (token ids) and back. Knows no ReA
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 from collections import deque
@@ -18,7 +17,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from actors.engine import build
+from actors.engine import build, settle_garbage
 from actors.engine.loader import load_tokenizer, resolve, stop_token_ids
 from actors.engine.protocol import Capacity, Engine, EngineSpec, Request
 from actors.errors import BerthError, EngineDead, NotHome
@@ -58,10 +57,7 @@ class Replica:
         spec = replace(spec, oom_folder=f"{spec.oom_folder}/{self.id}")
         ranks = start_ranks(spec, threads) if spec.tp > 1 else []
         self.engine: Engine = build(spec)
-        # What the start made stays as long as the process; looking through it again and again for garbage would hold
-        # up steps (half a second in 20 s of small ones).
-        gc.collect()
-        gc.freeze()
+        settle_garbage()
         self.step_limit_s = spec.step_limit_s or STEP_LIMIT_S["gpu" if ray.get_gpu_ids() else "cpu"]
         watch(ranks)
         self.reporter = Reporter(ledger, pool, self.id, self.engine, device_bytes)
@@ -92,23 +88,30 @@ class Replica:
     async def generate_many(self, calls: Sequence[Call]) -> AsyncIterator[list[tuple[int, Reply | BerthError]]]:
         """Continue several trajectories: answers as they come, each with its place among the calls. What `generate`
         would raise is an answer too."""
-        running = {asyncio.create_task(self._answer(call)): place for place, call in enumerate(calls)}
+        answered: asyncio.Queue[tuple[int, Reply | BerthError]] = asyncio.Queue()
+        running = [asyncio.create_task(self._answer(call, place, answered)) for place, call in enumerate(calls)]
+        left = len(calls)
         try:
-            while running:
-                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                yield [(running.pop(task), task.result()) for task in done]
+            while left:
+                answers = [await answered.get()]
+                while not answered.empty():
+                    answers.append(answered.get_nowait())
+                left -= len(answers)
+                yield answers
         finally:
             for task in running:  # the caller is gone
                 task.cancel()
 
-    async def _answer(self, call: Call) -> Reply | BerthError:
+    async def _answer(self, call: Call, place: int, answered: asyncio.Queue[tuple[int, Reply | BerthError]]) -> None:
+        answer: Reply | BerthError
         try:
-            return await self.generate(call)
+            answer = await self.generate(call)
         except BerthError as e:
-            return e
+            answer = e
         except Exception as e:  # one call's fault must not be its neighbours'
             log.exception("a call of %s", call.row_id)
-            return EngineDead(f"{type(e).__name__}: {e}")
+            answer = EngineDead(f"{type(e).__name__}: {e}")
+        answered.put_nowait((place, answer))
 
     async def end(self, row_ids: Sequence[str]) -> None:
         """Free what the engine keeps for these trajectories."""

@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
+import math
 import random
 import tempfile
 import threading
@@ -30,9 +32,11 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from zlib import crc32
 
 import ray
 from ray import serve
@@ -40,6 +44,7 @@ from ray import serve
 from actors.engine import Capacity, EngineSpec, Matcher, Request
 from actors.engine import build as build_engine
 from actors.engine.loader import load_tokenizer, resolve
+from actors.engine.runner import Drawn
 from actors.messages import Generation
 from actors.replica import Replica
 from bench.common import SHAPES, default_device, device_info, print_table, replicas_of, workload_of, write_json
@@ -67,6 +72,7 @@ def Search(entity: str, task: Task) -> str:
 '''
 
 
+@cache
 def calls_of(row_id: str) -> int:
     """Calls of a trajectory; the last finishes."""
     return random.Random(row_id).choice(STEPS) + 1
@@ -78,6 +84,8 @@ class Replaying:
     Attributes:
         ended: seconds of the monotonic clock and tokens of each call that ended.
         contexts: of finished trajectories: the last context, and of each call the lengths of its own and its answer.
+        between: seconds from a call's end to the next one of its trajectory, and when that came.
+        steps: see `watch`; of whoever calls the engine.
     """
 
     def __init__(self, spec: EngineSpec):
@@ -89,9 +97,13 @@ class Replaying:
             for at in range(1, max(STEPS) + 2)
             for last in (False, True)
         }
+        self.words = random.Random(0).choices(range(FIRST_TOKEN, FIRST_TOKEN + 1000), k=10_000)
         self.lengths: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         self.ended: list[tuple[float, int]] = []
         self.contexts: dict[str, tuple[array[int], list[tuple[int, int]]]] = {}
+        self.between: list[tuple[float, float]] = []
+        self.steps = watch(self.engine)
+        self._answered: dict[str, float] = {}
 
     @property
     def events(self) -> Any:
@@ -107,9 +119,12 @@ class Replaying:
         """Compute as many tokens as the recorded answer has until its turn ends, and give these."""
         name, made = request.sequence_id, self.lengths[request.sequence_id]
         at, calls = len(made) + 1, calls_of(request.sequence_id)
-        words = random.Random(f"{name} {at}").choices(range(FIRST_TOKEN, FIRST_TOKEN + 1000), k=THOUGHT_TOKENS)
-        answer = tuple(words + self.endings[at, at == calls])
+        begin = crc32(f"{name} {at}".encode()) % (len(self.words) - THOUGHT_TOKENS)
+        answer = tuple(self.words[begin : begin + THOUGHT_TOKENS] + self.endings[at, at == calls])
         out: Future[Generation] = Future()
+        now_s = time.monotonic()
+        if name in self._answered:
+            self.between.append((now_s, now_s - self._answered[name]))
 
         def deliver(future: Future[Generation]) -> None:
             if (error := future.exception()) is not None:
@@ -117,7 +132,8 @@ class Replaying:
                 return
             found = future.result()
             given = answer[: len(found.token_ids)]
-            self.ended.append((time.monotonic(), len(given)))
+            self._answered[name] = time.monotonic()
+            self.ended.append((self._answered[name], len(given)))
             made.append((len(request.token_ids), len(given)))
             if at == calls:
                 self.contexts[name] = array("i", request.token_ids), made
@@ -131,6 +147,7 @@ class Replaying:
     def end(self, sequence_id: str) -> None:
         """See `Engine`."""
         self.lengths.pop(sequence_id, None)
+        self._answered.pop(sequence_id, None)
         self.engine.end(sequence_id)
 
     def capacity(self) -> Capacity:
@@ -148,6 +165,77 @@ class Replaying:
     def close(self) -> None:
         """See `Engine`."""
         self.engine.close()
+
+
+def watch(engine: Any) -> list[Step]:
+    """The steps of a paged engine from now on, as they end."""
+    scheduler, steps, times = engine.scheduler, list[Step](), Times()
+    commit = scheduler.commit
+    times.watch()
+
+    def watched(work: Sequence[Any]) -> None:
+        now_s = time.monotonic()
+        waiting = len(scheduler.waiting)
+        prefill = any(part.prefill for part in work)
+        tokens = sum(part.tokens for part in work)
+        steps.append(Step(now_s, prefill, len(work), tokens, len(scheduler.running), waiting, *times.take()))
+        commit(work)
+
+    scheduler.commit = watched
+    return steps
+
+
+class Step(NamedTuple):
+    """A step of the engine: when it ended, what it computed, who was in the engine."""
+
+    at_s: float
+    prefill: bool
+    rows: int
+    tokens: int
+    running: int
+    waiting: int
+    waited_s: float
+    host_s: float
+    host_cpu_s: float
+    gc_s: float
+
+
+class Times:
+    """Where the engine's thread was since the step before."""
+
+    def __init__(self):
+        self.waited_s = self.host_s = self.host_cpu_s = self.gc_s = 0.0
+        self.since = (time.perf_counter(), 0.0)
+
+    def watch(self) -> None:
+        """Time what waits for the device, and garbage collection."""
+        result = Drawn.result
+
+        def timed(drawn: Drawn) -> Any:
+            begin, cpu = time.perf_counter(), time.thread_time()
+            self.host_s, self.host_cpu_s = begin - self.since[0], cpu - self.since[1]
+            try:
+                return result(drawn)
+            finally:
+                self.since = time.perf_counter(), time.thread_time()
+                self.waited_s = self.since[0] - begin
+
+        Drawn.result = timed
+        begun = [0.0]
+
+        def collected(phase: str, _: Any) -> None:
+            if phase == "start":
+                begun[0] = time.perf_counter()
+            else:
+                self.gc_s += time.perf_counter() - begun[0]
+
+        gc.callbacks.append(collected)
+
+    def take(self) -> tuple[float, float, float, float]:
+        """And forget."""
+        taken = self.waited_s, self.host_s, self.host_cpu_s, self.gc_s
+        self.gc_s = 0.0
+        return taken
 
 
 class Instead:
@@ -176,13 +264,14 @@ class Probed(Replica):
         """Calls that ended, and CPU seconds of this process and its Python threads by name."""
         clocks = {one.name: time.pthread_getcpuclockid(one.ident) for one in threading.enumerate() if one.ident}
         threads = {name: time.clock_gettime(clock) for name, clock in clocks.items()}
-        return {"ended": self.engine.ended, "process": time.process_time(), "threads": threads}
+        seen = {"ended": self.engine.ended, "steps": list(self.engine.steps), "between": list(self.engine.between)}
+        return seen | {"process": time.process_time(), "threads": threads, "capacity": self.engine.capacity()}
 
-    async def alone(self, at_once: int, seconds: float, vocabulary: int) -> list[tuple[float, int]]:
-        """Put the job's calls to the engine; which ended when, and their tokens."""
+    async def alone(self, at_once: int, seconds: float, vocabulary: int) -> dict[str, Any]:
+        """Put the job's calls to the engine; which ended when, and their tokens; the engine's steps."""
         return await asyncio.to_thread(self._alone, at_once, seconds, vocabulary)
 
-    def _alone(self, at_once: int, seconds: float, vocabulary: int) -> list[tuple[float, int]]:
+    def _alone(self, at_once: int, seconds: float, vocabulary: int) -> dict[str, Any]:
         traces: list[Trace] = []
         left: dict[str, deque[int]] = {}
         for name, (context, made) in self.engine.contexts.items():
@@ -191,29 +280,55 @@ class Probed(Replica):
             steps = [other[a:b] for a, b in pairwise(starts)]
             traces.append(Trace(f"again {name}", steps[0], steps[1:]))
             left[f"again {name}"] = deque(count for _, count in made)
+        self.engine.steps.clear()
         ended: list[tuple[float, int]] = []
+        begun, full_s = set[str](), [math.inf]
 
         def make(context: list[int], name: str) -> Request:
+            begun.add(name)
+            if len(begun) == len(traces):  # from here on fewer and fewer are under way
+                full_s[0] = min(full_s[0], time.monotonic())
             return Request(context, name, left[name].popleft())
 
         for answer in closed_loops(self.engine.engine, traces, at_once, make, time.monotonic() + seconds):
             ended.append((time.monotonic(), len(answer.token_ids)))
-        return ended
+        return {"ended": ended, "steps": self.engine.steps, "between": [], "full_s": full_s[0]}
 
 
-def row(way: str, ended: Sequence[tuple[float, int]], ramp: float, seconds: float) -> dict[str, Any]:
-    """Rates between `ramp` and `seconds` behind the first call's end."""
+def row(way: str, seen: dict[str, Any], ramp: float, seconds: float) -> dict[str, Any]:
+    """Rates and steps between `ramp` and `seconds` behind the first call's end."""
+    ended: Sequence[tuple[float, int]] = seen["ended"]
     first = min(at for at, _ in ended)
-    span = min(seconds, max(at for at, _ in ended) - first) - ramp
+    span = min(seconds, seen.get("full_s", math.inf) - first, max(at for at, _ in ended) - first) - ramp
     steady = [tokens for at, tokens in ended if ramp < at - first <= ramp + span]
-    return {
+    steps = [step for step in seen["steps"] if ramp < step.at_s - first <= ramp + span]
+    prefill = [step for step in steps if step.prefill]
+    decode = [step for step in steps if not step.prefill]
+    between = sorted(wait_s for at, wait_s in seen["between"] if ramp < at - first <= ramp + span)
+    mean = lambda numbers: sum(numbers) / max(1, len(numbers))  # noqa: E731
+    found = {
         "engine": way,
         "repeat": 0,
         "calls": len(ended),
         "steady_s": span,
         "calls_s": len(steady) / span,
         "steady_tok_s": sum(steady) / span,
+        "decode_steps_s": len(decode) / span,
+        "prefill_steps_s": len(prefill) / span,
+        "decode_rows": mean([step.rows for step in decode]),
+        "prefill_rows": mean([step.rows for step in prefill]),
+        "prefill_tokens": mean([step.tokens for step in prefill]),
+        "running": mean([step.running for step in steps]),
+        "waiting": mean([step.waiting for step in steps]),
+        "waited_ms": 1000 * mean([step.waited_s for step in steps]),
+        "host_ms": 1000 * mean([step.host_s for step in steps]),
+        "host_cpu_ms": 1000 * mean([step.host_cpu_s for step in steps]),
+        "gc_ms": 1000 * mean([step.gc_s for step in steps]),
     }
+    if between:
+        found |= {"between_s": mean(between), "between_p50_s": between[len(between) // 2]}
+        found |= {"between_p95_s": between[len(between) * 95 // 100]}
+    return found
 
 
 def write_suite(folder: Path, model: Path, args: argparse.Namespace) -> Path:
@@ -286,12 +401,12 @@ def run(args: argparse.Namespace, prepared: Any, tell: Callable[[list[dict[str, 
     calls = len(seen["ended"])
     spent = {name: cpu_s - before["threads"].get(name, 0.0) for name, cpu_s in seen["threads"].items()}
     spent["process"] = seen["process"] - before["process"]
-    found = row("job", seen["ended"], args.ramp, args.seconds)
+    found = row("job", seen, args.ramp, args.seconds)
     found |= {"rows": counts.finished, "failed": counts.failed}
     rows = [found | {"cpu_ms_call": {name: 1000 * cpu_s / calls for name, cpu_s in spent.items()}}]
     tell(rows)
-    ended = handle.alone.remote(args.at_once, args.seconds, SHAPES[args.shape]["vocab_size"]).result()
-    tell([*rows, row("engine", ended, args.ramp, args.seconds)])
+    alone = handle.alone.remote(args.at_once, args.seconds, SHAPES[args.shape]["vocab_size"]).result()
+    tell([*rows, row("engine", alone, args.ramp, args.seconds)])
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -46,7 +46,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from actors.engine import loader
+from actors.engine import loader, settle_garbage
 from actors.engine import runner as runner_module
 from actors.engine.assemble import over_model
 from actors.engine.protocol import Request
@@ -396,8 +396,7 @@ class Berth:
             speculation=args.speculation,
             budget_fraction=args.budget_fraction,
         )
-        gc.collect()
-        gc.freeze()  # as a replica does
+        settle_garbage()  # as a replica does
         runner = runner_of(self.engine)
         if "ahead" in args.without:
             self.engine.scheduler.plan_behind = lambda under_way, admit=True: []

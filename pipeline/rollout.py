@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 import uuid
+from array import array
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -364,7 +365,7 @@ class Attempts:
         """
         sampling = self.job.config.sampling
         drawn = Sampling(sampling.temperature, sampling.top_p, sampling.top_k, self.task.seed)
-        call = Call(self.task.row_id, tuple(token_ids), turn, drawn, self.job.suite.config.name)
+        call = Call(self.task.row_id, array("i", token_ids), turn, drawn, self.job.suite.config.name)
         while True:
             try:
                 reply = await self._call(call)

@@ -27,6 +27,7 @@ MAX_ERROR = 0.03
 """‖fused − own‖ / ‖own‖ of queries, keys and values; bf16 and fp16 stay below 0.01."""
 _TOKENS = 5
 _APART = 97  # so that many frequencies have turned
+_SHARED_BLOCK = 10 << 20
 
 log = logging.getLogger(__name__)
 
@@ -155,8 +156,20 @@ def fuse(model: Any, kv: KVCache) -> bool:
     for layer in model.base_model.layers:
         layer.self_attn = FusedAttention(every.pop(0))  # whose projections nobody holds any longer
     if kv.device.type == "cuda":
-        torch.cuda.empty_cache()  # the projections that were joined
+        _pack(model)
     return True
+
+
+def _pack(model: Any) -> None:
+    """Give back what the joined projections held. Tensors below 10 MiB share blocks of 20 (torch's caching allocator),
+    which stay as long as one of them does, so those that are left are let go of for a moment."""
+    small = [parameter for parameter in model.parameters() if parameter.nbytes < _SHARED_BLOCK and parameter.is_cuda]
+    devices = [parameter.device for parameter in small]
+    for parameter in small:
+        parameter.data = parameter.data.cpu()
+    torch.cuda.empty_cache()
+    for parameter, device in zip(small, devices, strict=True):
+        parameter.data = parameter.data.to(device)
 
 
 def _watch(model: Any, kv: KVCache) -> list[_Seen]:

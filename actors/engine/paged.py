@@ -145,7 +145,6 @@ class PagedEngine:
         self._since_s: float | None = None  # when the step under way began
         self._finished_s = 0.0  # when the last one had ended
         self._hold = 0  # steps until one may be launched ahead again
-        self._ended = self._late = False  # rows have just ended; who waits was made to wait for it
         self._mail: SimpleQueue[Row | str | None] = SimpleQueue()  # a row: queue it, or drop it if cancelled
         self._closed = False
         self._lock = threading.Lock()  # between `_closed` and the mail
@@ -318,11 +317,7 @@ class PagedEngine:
         if self._hold:
             self._hold -= 1
             return None
-        # What follows on rows that have just ended comes soon, and should not be one prefill step each: who waits is
-        # let in one step later.
-        self._late = self._ended and not self._late
-        self._ended = False
-        runner, work = self._runner, self.scheduler.plan_behind(flight.work, admit=not self._late)
+        runner, work = self._runner, self.scheduler.plan_behind(flight.work)
         assert runner is not None
         if not work:
             return None
@@ -446,7 +441,6 @@ class PagedEngine:
         else:
             return True
         self.scheduler.remove(row)
-        self._ended = True
         answer = Generation(
             tuple(row.tokens[len(request.token_ids) :]), reason, self._usage(row, now_s), tuple(row.logprobs)
         )

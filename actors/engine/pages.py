@@ -225,7 +225,10 @@ class PageAllocator:
     def extend(self, sequence_id: str, tokens: int) -> bool:
         """Make room for `tokens` more behind what is committed; False, and nothing changed, where pages are short."""
         sequence = self._running(sequence_id)
-        needed = -(-(self._length(sequence) + tokens) // self.page_tokens) - len(sequence.pages)
+        room = len(sequence.pages) * self.page_tokens - self._length(sequence)
+        if tokens <= room:
+            return True
+        needed = -((room - tokens) // self.page_tokens)
         if needed > self.available:
             return False
         sequence.pages += [self._take() for _ in range(needed)]

@@ -691,9 +691,11 @@ def _runs(rows: Sequence[RowStep], page_tokens: int) -> tuple[list[int], list[tu
     runs: list[tuple[int, Sequence[int]]] = []
     for members in sorted(groups.values(), key=len, reverse=True)[:RUNS]:
         if len(members) > 1:
-            whole = [list(rows[r].pages[: rows[r].start // page_tokens]) for r in members]
-            alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(min(whole), max(whole), strict=False))
-            runs.append((len(members), [page for page, _ in alike]))
+            alike = list(rows[members[0]].pages[: min(rows[r].start for r in members) // page_tokens])
+            for r in members:
+                while list(rows[r].pages[: len(alike)]) != alike:
+                    alike.pop()
+            runs.append((len(members), alike))
             order += members
     taken = set(order)
     return order + [r for r in range(len(rows)) if r not in taken], runs

@@ -22,6 +22,11 @@ from actors.engine.protocol import Request
 from actors.errors import EngineError
 from actors.messages import Generation
 
+TOGETHER, MOST_HELD = 16, 8
+"""Rows are let in once they are a sixteenth of those that run, or after 8 plans. With F the fixed time of a prefill
+step, D that of a decode step and T tokens a turn, √(2FT/D) plans between two prefill steps lose least: 7 where F = D/2
+and T = 50; twice or half as many lose a quarter more."""
+
 MOST_COPIES = 16
 """Pages that are copied together: of one layer they take some MiB on their way."""
 
@@ -78,9 +83,9 @@ class Row:
             self.future.set_exception(error)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which would make each of some hundred a step four times as dear
 class Work:
-    """One row's part of a step.
+    """One row's part of a step. Not to be changed.
 
     Attributes:
         start: position of the first token to compute.
@@ -150,6 +155,7 @@ class Scheduler:
         self._ages: dict[str, int] = {}
         self._next_age = count()
         self._prefilled_last = False
+        self._held = 0  # plans since rows that could be let in were made to wait for others
 
     def tokens_needed(self, request: Request) -> int:
         """Most tokens of KV that a request can come to need; its last token's KV is never written."""
@@ -196,14 +202,11 @@ class Scheduler:
             self._admit()
         return self._next([_rest(row) for row in self.running], self._prefilled_last)
 
-    def plan_behind(self, under_way: Sequence[Work], admit: bool = True) -> list[Work]:
+    def plan_behind(self, under_way: Sequence[Work]) -> list[Work]:
         """The step behind one under way, planned before anybody knows what that draws.
 
         Rows that it completes whatever they draw are left out. Those that it turns out to have ended are computed in
         vain.
-
-        Args:
-            admit: let waiting rows in.
 
         Returns:
             nothing where it is to be waited for: a row would have to be preempted, or tokens are guessed.
@@ -223,8 +226,8 @@ class Scheduler:
         for part in todo:
             if not part.prefill and not self.pages.extend(part.row.sequence_id, part.start + 1 - part.row.done):
                 return []
-        if admit and not self._refused:
-            todo += [_rest(row) for row in self._admit()]
+        if not self._refused and (admitted := self._admit()):
+            todo += [_rest(row) for row in admitted]
             todo.sort(key=lambda part: part.row.age)
         return self._next(todo, any(part.prefill for part in under_way))
 
@@ -302,7 +305,15 @@ class Scheduler:
 
         A row whose next page is just being computed by another is passed over for now, so that a burst of rows with
         one few-shot prompt computes it once. Looking no further than the free slots bounds the host time.
+
+        Each prefill step holds up all rows that decode, however few it computes, and of many rows some end with each
+        step: those that wait are let in together (see `TOGETHER`), or after a few steps.
         """
+        ready = min(self.max_batch - len(self.running), len(self.waiting))
+        if 0 < ready < len(self.running) // TOGETHER and self._held < MOST_HELD:
+            self._held += 1
+            return []
+        self._held = 0
         active, admitted = {row.sequence_id for row in self.running}, list[Row]()
         for row in self.waiting[: max(0, self.max_batch - len(self.running))]:
             if row.sequence_id in active or self.pages.promised(row.tokens, self.policy):

@@ -8,7 +8,7 @@ import threading
 import time
 import zlib
 from array import array
-from concurrent.futures import CancelledError, wait
+from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,7 @@ import pytest
 from actors.engine.paged import PagedEngine
 from actors.engine.pages import PageAllocator
 from actors.engine.protocol import Request
-from actors.engine.scheduler import Row, Scheduler
+from actors.engine.scheduler import MOST_HELD, Row, Scheduler
 from actors.errors import Cancelled, ContextOverflow, EngineDead, EngineError, OutOfMemory
 from actors.messages import Numerics, Sampling
 
@@ -679,10 +679,48 @@ def test_a_newcomer_is_let_in_though_rows_end_at_every_step():
         wait(long[:1], TIMEOUT_S)  # from here on each step ends one
         began = len(runner.steps)
         assert answer(paged, "new", [7, 8, 9], 1).token_ids == expected([7, 8, 9], 1)
-        assert len(runner.steps) - began <= 8
+        assert len(runner.steps) - began <= MOST_HELD + 4
         assert [future.result(TIMEOUT_S).token_ids for future in long] == [
             expected([1, 2, i], 100 + i) for i in range(50)
         ]
+
+
+def test_rows_that_come_one_by_one_are_let_in_together():
+    """Of 64 places one gets free with each step, and somebody waits for each: three go in at once."""
+    scheduler = Scheduler(PageAllocator(2000, 4), max_batch=64, max_prefill_tokens=500, max_model_len=200)
+    prefills, names = [], []
+    for _ in range(200):
+        while len(scheduler.waiting) < 10:
+            text = [len(names), 1, 2]
+            names.append(f"{len(names)}")
+            scheduler.add(Row(request(names[-1], text, 50), Future(), 0, [*text]))
+        work = scheduler.plan()
+        scheduler.commit(work)
+        for part in work:
+            part.row.tokens.append(7)
+        if work[0].prefill:
+            prefills.append(len(work))
+        elif len(scheduler.running) > 60:
+            scheduler.remove(scheduler.running[0])
+    assert prefills[0] == 10
+    assert set(prefills[20:]) == {3}  # a sixteenth of the 61 that go on
+
+
+def test_a_row_that_nobody_joins_is_let_in_after_some_plans():
+    scheduler = Scheduler(PageAllocator(2000, 4), max_batch=64, max_prefill_tokens=500, max_model_len=200)
+    plans = []
+    for name in range(41):
+        scheduler.add(Row(request(f"{name}", [name, 1, 2], 50), Future(), 0, [name, 1, 2]))
+        if name == 39:
+            scheduler.commit(scheduler.plan())
+            for row in scheduler.running:
+                row.tokens.append(7)
+    while not plans or not plans[-1][0].prefill:
+        plans.append(scheduler.plan())
+        scheduler.commit(plans[-1])
+        for part in plans[-1]:
+            part.row.tokens.append(7)
+    assert len(plans) == MOST_HELD + 1
 
 
 def test_a_preemption_lets_those_in_who_were_refused():
