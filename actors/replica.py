@@ -111,6 +111,9 @@ class Replica:
         except Exception as e:  # one call's fault must not be its neighbours'
             log.exception("a call of %s", call.row_id)
             answer = EngineDead(f"{type(e).__name__}: {e}")
+        except BaseException as e:  # who waits for this one must not wait for ever
+            answered.put_nowait((place, EngineDead(f"the call was given up: {type(e).__name__}")))
+            raise
         answered.put_nowait((place, answer))
 
     async def end(self, row_ids: Sequence[str]) -> None:

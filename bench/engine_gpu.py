@@ -296,7 +296,7 @@ def half_precision(args: argparse.Namespace, source: Source) -> list[Result]:
         yardstick_NG = relative(yardstick_NGV, wanted_NGV)
         del yardstick_NGV
         engine = over_model(model, graphs=False, compile="off", fused=False, **options)
-        engine.scheduler.plan_behind = lambda under_way, admit=True: []
+        engine.scheduler.plan_behind = lambda under_way: []
         plain: Any = together(engine, prompts, args.tokens)
         engine.close()
         found: dict[bool, list[Any]] = {}

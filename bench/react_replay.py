@@ -399,7 +399,7 @@ class Berth:
         settle_garbage()  # as a replica does
         runner = runner_of(self.engine)
         if "ahead" in args.without:
-            self.engine.scheduler.plan_behind = lambda under_way, admit=True: []
+            self.engine.scheduler.plan_behind = lambda under_way: []
         self.clock = Clock(runner)
         self.settings = {
             "kernel": self.engine.numerics.kernel,

@@ -162,7 +162,11 @@ def fuse(model: Any, kv: KVCache) -> bool:
 
 def _pack(model: Any) -> None:
     """Give back what the joined projections held. Tensors below 10 MiB share blocks of 20 (torch's caching allocator),
-    which stay as long as one of them does, so those that are left are let go of for a moment."""
+    which stay as long as one of them does, so those that are left are let go of for a moment.
+
+    Raises:
+        torch.OutOfMemoryError: another process has taken that memory meanwhile; the model is of no more use.
+    """
     small = [parameter for parameter in model.parameters() if parameter.nbytes < _SHARED_BLOCK and parameter.is_cuda]
     devices = [parameter.device for parameter in small]
     for parameter in small:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from actors.engine import settle_garbage
 from actors.engine.oom import is_out_of_memory
 from actors.engine.protocol import NoRecorder, Recorder, RowStep
 from actors.engine.shard import ShardedRunner
@@ -139,6 +140,7 @@ def lead(runner: ShardedRunner, recorder: Recorder | None = None) -> Leader:
     if runner.gang.rank == 0:
         return Leader(runner)
     recorder = recorder or NoRecorder()
+    settle_garbage()
     try:
         follow(runner, recorder)
     finally:

@@ -199,7 +199,7 @@ class Scheduler:
             else:
                 self._preempt(self.running[-1])
         if preemptions == self.preemptions:
-            self._admit()
+            self._admit(any(row.left > 1 for row in self.running))
         return self._next([_rest(row) for row in self.running], self._prefilled_last)
 
     def plan_behind(self, under_way: Sequence[Work]) -> list[Work]:
@@ -226,7 +226,7 @@ class Scheduler:
         for part in todo:
             if not part.prefill and not self.pages.extend(part.row.sequence_id, part.start + 1 - part.row.done):
                 return []
-        if not self._refused and (admitted := self._admit()):
+        if not self._refused and (admitted := self._admit(any(part.prefill for part in todo))):
             todo += [_rest(row) for row in admitted]
             todo.sort(key=lambda part: part.row.age)
         return self._next(todo, any(part.prefill for part in under_way))
@@ -300,22 +300,29 @@ class Scheduler:
         row.preemptions += 1
         insort_left(self.waiting, row, key=lambda row: row.age)
 
-    def _admit(self) -> list[Row]:
+    def _admit(self, prefilling: bool) -> list[Row]:
         """Let waiting rows in, oldest first; none overtakes one that is short of pages. Returns them.
 
         A row whose next page is just being computed by another is passed over for now, so that a burst of rows with
         one few-shot prompt computes it once. Looking no further than the free slots bounds the host time.
 
         Each prefill step holds up all rows that decode, however few it computes, and of many rows some end with each
-        step: those that wait are let in together (see `TOGETHER`), or after a few steps.
+        step: those that wait are let in together (see `TOGETHER`), after a few plans, or with a prefill step that is
+        due anyhow. How many have pages is guessed by the first of them, without what it will find cached.
+
+        Args:
+            prefilling: a row that runs has a prefill step before it.
         """
-        ready = min(self.max_batch - len(self.running), len(self.waiting))
-        if 0 < ready < len(self.running) // TOGETHER and self._held < MOST_HELD:
+        slots = self.max_batch - len(self.running)
+        if slots <= 0 or not self.waiting:
+            return []
+        fitting = self.pages.available * self.pages.page_tokens // len(self.waiting[0].tokens)
+        ready = min(slots, len(self.waiting), fitting)
+        if not prefilling and ready < len(self.running) // TOGETHER and self._held < MOST_HELD:
             self._held += 1
             return []
-        self._held = 0
         active, admitted = {row.sequence_id for row in self.running}, list[Row]()
-        for row in self.waiting[: max(0, self.max_batch - len(self.running))]:
+        for row in self.waiting[:slots]:
             if row.sequence_id in active or self.pages.promised(row.tokens, self.policy):
                 continue
             # Room to grow for those that run, or the newcomer would soon be preempted again.
@@ -331,4 +338,5 @@ class Scheduler:
             row.done = admission.reused_tokens
             row.reused = row.done if row.reused is None else row.reused
             self.copies += admission.copies
+        self._held = 0 if admitted else self._held
         return admitted

@@ -706,6 +706,26 @@ def test_rows_that_come_one_by_one_are_let_in_together():
     assert set(prefills[20:]) == {3}  # a sixteenth of the 61 that go on
 
 
+def test_rows_are_let_in_together_where_pages_are_short_too():
+    scheduler = Scheduler(PageAllocator(1300, 4), max_batch=256, max_prefill_tokens=4000, max_model_len=200)
+    prefills, names = [], []
+    for _ in range(400):
+        while len(scheduler.waiting) < 100:
+            text = [len(names), *range(30)]
+            names.append(f"{len(names)}")
+            scheduler.add(Row(request(names[-1], text, 30), Future(), 0, [*text]))
+        work = scheduler.plan()
+        scheduler.commit(work)
+        for part in work:
+            part.row.tokens.append(7)
+            if part.row.generated >= 20 + int(part.row.sequence_id) % 20:
+                scheduler.remove(part.row)
+        if work[0].prefill:
+            prefills.append(len(work))
+    assert len(scheduler.running) < 150
+    assert sum(prefills[20:]) > 5 * len(prefills[20:])
+
+
 def test_a_row_that_nobody_joins_is_let_in_after_some_plans():
     scheduler = Scheduler(PageAllocator(2000, 4), max_batch=64, max_prefill_tokens=500, max_model_len=200)
     plans = []
