@@ -265,7 +265,7 @@ class Probed(Replica):
         clocks = {one.name: time.pthread_getcpuclockid(one.ident) for one in threading.enumerate() if one.ident}
         threads = {name: time.clock_gettime(clock) for name, clock in clocks.items()}
         seen = {"ended": self.engine.ended, "steps": list(self.engine.steps), "between": list(self.engine.between)}
-        return seen | {"process": time.process_time(), "threads": threads, "capacity": self.engine.capacity()}
+        return seen | {"process": time.process_time(), "threads": threads}
 
     async def alone(self, at_once: int, seconds: float, vocabulary: int) -> dict[str, Any]:
         """Put the job's calls to the engine; which ended when, and their tokens; the engine's steps."""

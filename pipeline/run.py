@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Collection, Generator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import groupby, starmap
@@ -164,7 +164,7 @@ def open_folder(prepared: Prepared) -> dict[str, Any]:
             "identity": mine,
             "config": dump(prepared.config),
             "suite": dump(prepared.suite.config),
-            "facts": {name: getattr(prepared.facts, name) for name in prepared.facts.__slots__},
+            "facts": asdict(prepared.facts),
             "versions": versions(),
             "commit": commit(),
             "hardware": {"host": platform.node(), "cpus": os.cpu_count(), "machine": platform.machine()},
@@ -311,7 +311,7 @@ def roll_out(prepared: Prepared, learned: Forecaster, info: dict[str, Any], scre
                 f"context {capacity.max_model_len:,} tokens, batch {capacity.max_batch}",
             )
             same_precision(info, numerics, len(done), config.out)
-            info["numerics"] = {name: getattr(numerics, name) for name in numerics.__slots__}
+            info["numerics"] = asdict(numerics)
             info["gpus"] = rollout.cluster_gpus()
             info["kv_page_bytes"] = capacity.kv_bytes_token * capacity.page_tokens
             write_json(info, f"{config.out}/run.json")
