@@ -217,10 +217,15 @@ def test_job(tmp_path):
 
 def test_job_steady_rates():
     ended = [(10.0, 4), (11.5, 4), (12.0, 6), (14.0, 8), (20.0, 8)]
-    row = job.row("job", ended, ramp=1.0, seconds=5.0)  # from 11 to 15
+    steps = [job.Step(at, at == 13, 4, 8, 5, 6, 0.1, 0.2, 0.1, 0.0) for at in (10.5, 12.0, 13.0, 14.0, 16.0)]
+    seen = {"ended": ended, "steps": steps, "between": [(10.5, 9.0), (12.0, 1.0), (13.0, 2.0)]}
+    row = job.row("job", seen, ramp=1.0, seconds=5.0)  # from 11 to 15
     assert (row["calls"], row["steady_s"], row["calls_s"], row["steady_tok_s"]) == (5, 4.0, 0.75, 4.5)
-    row = job.row("engine", ended[:4], ramp=1.0, seconds=60.0)  # no more work behind 14
+    assert (row["decode_steps_s"], row["prefill_steps_s"], row["running"], row["between_s"]) == (0.5, 0.25, 5, 1.5)
+    row = job.row("engine", seen | {"ended": ended[:4]}, ramp=1.0, seconds=60.0)  # no more work behind 14
     assert (row["steady_s"], row["steady_tok_s"]) == (3.0, 6.0)
+    row = job.row("engine", seen | {"full_s": 13.0}, ramp=1.0, seconds=60.0)  # fewer and fewer rows behind 13
+    assert (row["steady_s"], row["steady_tok_s"], row["decode_steps_s"]) == (2.0, 5.0, 0.5)
 
 
 def test_memory_model(tmp_path, monkeypatch):
