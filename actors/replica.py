@@ -103,7 +103,7 @@ class Replica:
                 task.cancel()
 
     async def _answer(self, call: Call, place: int, answered: asyncio.Queue[tuple[int, Reply | BerthError]]) -> None:
-        answer: Reply | BerthError
+        answer: Reply | BerthError = EngineDead("the call was given up")
         try:
             answer = await self.generate(call)
         except BerthError as e:
@@ -111,10 +111,8 @@ class Replica:
         except Exception as e:  # one call's fault must not be its neighbours'
             log.exception("a call of %s", call.row_id)
             answer = EngineDead(f"{type(e).__name__}: {e}")
-        except BaseException as e:  # who waits for this one must not wait for ever
-            answered.put_nowait((place, EngineDead(f"the call was given up: {type(e).__name__}")))
-            raise
-        answered.put_nowait((place, answer))
+        finally:
+            answered.put_nowait((place, answer))
 
     async def end(self, row_ids: Sequence[str]) -> None:
         """Free what the engine keeps for these trajectories."""

@@ -156,23 +156,22 @@ def fuse(model: Any, kv: KVCache) -> bool:
     for layer in model.base_model.layers:
         layer.self_attn = FusedAttention(every.pop(0))  # whose projections nobody holds any longer
     if kv.device.type == "cuda":
-        _pack(model)
+        _pack(model, kv.device)
     return True
 
 
-def _pack(model: Any) -> None:
+def _pack(model: Any, device: torch.device) -> None:
     """Give back what the joined projections held. Tensors below 10 MiB share blocks of 20 (torch's caching allocator),
     which stay as long as one of them does, so those that are left are let go of for a moment.
 
     Raises:
         torch.OutOfMemoryError: another process has taken that memory meanwhile; the model is of no more use.
     """
-    small = [parameter for parameter in model.parameters() if parameter.nbytes < _SHARED_BLOCK and parameter.is_cuda]
-    devices = [parameter.device for parameter in small]
+    small = [parameter for parameter in model.parameters() if parameter.nbytes < _SHARED_BLOCK]
     for parameter in small:
         parameter.data = parameter.data.cpu()
     torch.cuda.empty_cache()
-    for parameter, device in zip(small, devices, strict=True):
+    for parameter in small:
         parameter.data = parameter.data.to(device)
 
 

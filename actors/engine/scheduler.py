@@ -198,9 +198,10 @@ class Scheduler:
                 ready += 1
             else:
                 self._preempt(self.running[-1])
+        todo = [_rest(row) for row in self.running]
         if preemptions == self.preemptions:
-            self._admit(any(row.left > 1 for row in self.running))
-        return self._next([_rest(row) for row in self.running], self._prefilled_last)
+            todo = self._admit(todo)
+        return self._next(todo, self._prefilled_last)
 
     def plan_behind(self, under_way: Sequence[Work]) -> list[Work]:
         """The step behind one under way, planned before anybody knows what that draws.
@@ -226,9 +227,8 @@ class Scheduler:
         for part in todo:
             if not part.prefill and not self.pages.extend(part.row.sequence_id, part.start + 1 - part.row.done):
                 return []
-        if not self._refused and (admitted := self._admit(any(part.prefill for part in todo))):
-            todo += [_rest(row) for row in admitted]
-            todo.sort(key=lambda part: part.row.age)
+        if not self._refused:
+            todo = self._admit(todo)
         return self._next(todo, any(part.prefill for part in under_way))
 
     def _next(self, todo: Sequence[Work], prefilled_last: bool) -> list[Work]:
@@ -300,8 +300,8 @@ class Scheduler:
         row.preemptions += 1
         insort_left(self.waiting, row, key=lambda row: row.age)
 
-    def _admit(self, prefilling: bool) -> list[Row]:
-        """Let waiting rows in, oldest first; none overtakes one that is short of pages. Returns them.
+    def _admit(self, todo: list[Work]) -> list[Work]:
+        """Let waiting rows in, oldest first; none overtakes one that is short of pages.
 
         A row whose next page is just being computed by another is passed over for now, so that a burst of rows with
         one few-shot prompt computes it once. Looking no further than the free slots bounds the host time.
@@ -311,16 +311,20 @@ class Scheduler:
         due anyhow. How many have pages is guessed by the first of them, without what it will find cached.
 
         Args:
-            prefilling: a row that runs has a prefill step before it.
+            todo: what those lack that run, oldest first.
+
+        Returns:
+            the same with what those lack that were let in.
         """
         slots = self.max_batch - len(self.running)
         if slots <= 0 or not self.waiting:
-            return []
+            return todo
         fitting = self.pages.available * self.pages.page_tokens // len(self.waiting[0].tokens)
         ready = min(slots, len(self.waiting), fitting)
-        if not prefilling and ready < len(self.running) // TOGETHER and self._held < MOST_HELD:
+        few = ready < len(self.running) // TOGETHER
+        if few and self._held < MOST_HELD and not any(part.prefill for part in todo):
             self._held += 1
-            return []
+            return todo
         active, admitted = {row.sequence_id for row in self.running}, list[Row]()
         for row in self.waiting[:slots]:
             if row.sequence_id in active or self.pages.promised(row.tokens, self.policy):
@@ -338,5 +342,7 @@ class Scheduler:
             row.done = admission.reused_tokens
             row.reused = row.done if row.reused is None else row.reused
             self.copies += admission.copies
-        self._held = 0 if admitted else self._held
-        return admitted
+        if not admitted:
+            return todo
+        self._held = 0
+        return sorted([*todo, *map(_rest, admitted)], key=lambda part: part.row.age)

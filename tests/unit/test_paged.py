@@ -2,6 +2,7 @@
 written by two, or a lost token gives other tokens than `expected`, which knows of no pages."""
 
 import asyncio
+import itertools
 import pickle
 import random
 import threading
@@ -685,19 +686,28 @@ def test_a_newcomer_is_let_in_though_rows_end_at_every_step():
         ]
 
 
+def queue(scheduler, name, text, max_tokens):
+    scheduler.add(Row(request(name, text, max_tokens), Future(), 0, [*text]))
+
+
+def step(scheduler):
+    """Plan a step, and go on as if it had drawn."""
+    work = scheduler.plan()
+    scheduler.commit(work)
+    for part in work:
+        part.row.tokens.append(7)
+    return work
+
+
 def test_rows_that_come_one_by_one_are_let_in_together():
     """Of 64 places one gets free with each step, and somebody waits for each: three go in at once."""
     scheduler = Scheduler(PageAllocator(2000, 4), max_batch=64, max_prefill_tokens=500, max_model_len=200)
-    prefills, names = [], []
+    prefills, names = [], itertools.count()
     for _ in range(200):
         while len(scheduler.waiting) < 10:
-            text = [len(names), 1, 2]
-            names.append(f"{len(names)}")
-            scheduler.add(Row(request(names[-1], text, 50), Future(), 0, [*text]))
-        work = scheduler.plan()
-        scheduler.commit(work)
-        for part in work:
-            part.row.tokens.append(7)
+            name = next(names)
+            queue(scheduler, f"{name}", [name, 1, 2], 50)
+        work = step(scheduler)
         if work[0].prefill:
             prefills.append(len(work))
         elif len(scheduler.running) > 60:
@@ -708,16 +718,13 @@ def test_rows_that_come_one_by_one_are_let_in_together():
 
 def test_rows_are_let_in_together_where_pages_are_short_too():
     scheduler = Scheduler(PageAllocator(1300, 4), max_batch=256, max_prefill_tokens=4000, max_model_len=200)
-    prefills, names = [], []
+    prefills, names = [], itertools.count()
     for _ in range(400):
         while len(scheduler.waiting) < 100:
-            text = [len(names), *range(30)]
-            names.append(f"{len(names)}")
-            scheduler.add(Row(request(names[-1], text, 30), Future(), 0, [*text]))
-        work = scheduler.plan()
-        scheduler.commit(work)
+            name = next(names)
+            queue(scheduler, f"{name}", [name, *range(30)], 30)
+        work = step(scheduler)
         for part in work:
-            part.row.tokens.append(7)
             if part.row.generated >= 20 + int(part.row.sequence_id) % 20:
                 scheduler.remove(part.row)
         if work[0].prefill:
@@ -728,18 +735,13 @@ def test_rows_are_let_in_together_where_pages_are_short_too():
 
 def test_a_row_that_nobody_joins_is_let_in_after_some_plans():
     scheduler = Scheduler(PageAllocator(2000, 4), max_batch=64, max_prefill_tokens=500, max_model_len=200)
-    plans = []
-    for name in range(41):
-        scheduler.add(Row(request(f"{name}", [name, 1, 2], 50), Future(), 0, [name, 1, 2]))
-        if name == 39:
-            scheduler.commit(scheduler.plan())
-            for row in scheduler.running:
-                row.tokens.append(7)
-    while not plans or not plans[-1][0].prefill:
-        plans.append(scheduler.plan())
-        scheduler.commit(plans[-1])
-        for part in plans[-1]:
-            part.row.tokens.append(7)
+    for name in range(40):
+        queue(scheduler, f"{name}", [name, 1, 2], 50)
+    step(scheduler)
+    queue(scheduler, "last", [40, 1, 2], 50)
+    plans = [step(scheduler)]
+    while not plans[-1][0].prefill:
+        plans.append(step(scheduler))
     assert len(plans) == MOST_HELD + 1
 
 
