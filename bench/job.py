@@ -10,7 +10,9 @@ those of `react_replay`, and agents do all that they do in a run.
               `--at-once` trajectories at a time, for as long
 
 No token of the second is found in the cache of the first. `steady_tok_s` counts tokens of calls that ended between
-`--ramp` and `--seconds` behind the first call.
+`--ramp` and `--seconds` behind the first call. Means of a step say where the engine's thread was: on the host (`host_ms`, of
+which `host_cpu_ms` on a CPU; the rest waits for the interpreter), of that collecting garbage (`gc_ms`, by any thread),
+waiting for the device (`waited_ms`).
 
     python -m bench.job --shape 1.7b --seconds 200 --out bench/results/job.json
     python -m bench.job --shape tiny --seconds 20 --ramp 5
@@ -305,7 +307,10 @@ def row(way: str, seen: dict[str, Any], ramp: float, seconds: float) -> dict[str
     prefill = [step for step in steps if step.prefill]
     decode = [step for step in steps if not step.prefill]
     between = sorted(wait_s for at, wait_s in seen["between"] if ramp < at - first <= ramp + span)
-    mean = lambda numbers: sum(numbers) / max(1, len(numbers))  # noqa: E731
+
+    def mean(numbers: Sequence[float]) -> float:
+        return sum(numbers) / max(1, len(numbers))
+
     found = {
         "engine": way,
         "repeat": 0,
