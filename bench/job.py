@@ -10,9 +10,9 @@ those of `react_replay`, and agents do all that they do in a run.
               `--at-once` trajectories at a time, for as long
 
 No token of the second is found in the cache of the first. `steady_tok_s` counts tokens of calls that ended between
-`--ramp` and `--seconds` behind the first call. Means of a step say where the engine's thread was: on the host (`host_ms`, of
-which `host_cpu_ms` on a CPU; the rest waits for the interpreter), of that collecting garbage (`gc_ms`, by any thread),
-waiting for the device (`waited_ms`).
+`--ramp` and `--seconds` behind the first call. Means of a step say where the engine's thread was: on the host
+(`host_ms`, of which `host_cpu_ms` on a CPU; the rest waits for the interpreter), of that collecting garbage (`gc_ms`,
+by any thread), waiting for the device (`waited_ms`).
 
     python -m bench.job --shape 1.7b --seconds 200 --out bench/results/job.json
     python -m bench.job --shape tiny --seconds 20 --ramp 5
