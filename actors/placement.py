@@ -7,7 +7,8 @@ quantile is that of a gamma distribution that has them (Wilson and Hilferty 1931
 pages of few rows, or of one that comes to fill the pool in 2 of 100 cases, are not: there the rows that skew the sum
 are convolved one by one, and only the others are taken for a gamma's. LightLLM's peak formula (Gong et al. 2025,
 "past-future scheduler", §3) looks ahead the same way with one number for each request; ours keeps the spread.
-Steps are the clock: a row that waits for its tool does not step, so it stands still.
+Steps are the clock, and rows are not in phase: each is up to half a step ahead or behind, which spreads their sum even
+where every forecast is sharp. A row that waits for its tool does not step, so it stands still.
 
 Knows nothing of engines, agents and transports. Not thread-safe.
 """
@@ -31,8 +32,8 @@ from actors.messages import FORECAST_LEVELS, Ask, Forecast, Lease, Resident
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-HORIZONS = np.array([0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32], np.float64)  # steps ahead
-SIGMAS = 2.6  # 1 % for the largest of the horizons together, measured; one alone would need 2.33
+HORIZONS = np.array([0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32], np.float64)  # steps ahead; 0: the call that runs or is next
+SIGMAS = 2.55  # 1 % of a normal distribution are above 2.33; sums of few, large rows come in lumps
 RISK = 0.01
 SKEWED = 1.0  # a gamma distribution with less skewness is close enough to any sum of rows
 GIANTS = 16  # rows that are convolved one by one
@@ -83,11 +84,12 @@ def outlook(
         shared_pages_B: pages of it that are counted elsewhere.
         page_tokens: tokens a page.
     """
-    step_B1 = growth_B[:, None]
-    size_BH = tokens_B[:, None] + step_B1 * HORIZONS
-    # A row is there to the end of its last step, which is half a step on average. Rows do not end their steps together:
-    # with all of that half charged for each, large pools never came near 1 %; with a quarter no pool is beyond it.
-    reach_BH = np.maximum(tokens_B[:, None], size_BH - step_B1 / 4)
+    tokens_B1, step_B1 = tokens_B[:, None], growth_B[:, None]
+    # A call holds what it comes to generate; half of a step is generated, half observed.
+    size_BH = tokens_B1 + step_B1 * (HORIZONS + 0.5)
+    # The first call takes place; a later one does if the row outgrows the end of the call before, half a step below
+    # its own or less, by how much the last generates: with a sixth pools come near 1 % and stay below.
+    reach_BH = np.where(HORIZONS > 0, size_BH - step_B1 / 6, tokens_B1)
     alive_BH = survival(reach_BH, quantiles_BK)
     known_B1 = alive_BH[:, :1]
     # Past all that was forecast it may end at any step.
@@ -98,13 +100,19 @@ def outlook(
     return outlook_B2H
 
 
-def demand(outlook_B2H: Floats) -> Floats:
-    """Cumulants of the pages of rows at each horizon, [B, 3, H] in 1/256 pages."""
+def demand(outlook_B2H: Floats, step_pages_B: Floats | float = 0.0) -> Floats:
+    """Cumulants of the pages of rows at each horizon, [B, 3, H] in 1/256 pages.
+
+    Args:
+        outlook_B2H: of `outlook`.
+        step_pages_B: pages a step: the row is half a step ahead or behind.
+    """
     pages_BH, alive_BH = np.ascontiguousarray(outlook_B2H.swapaxes(0, 1))
     left_BH = 1.0 - alive_BH
     first_BH = pages_BH * (alive_BH * _UNIT)
     second_BH = pages_BH * (first_BH * left_BH)
     third_BH = pages_BH * (second_BH * (left_BH - alive_BH))
+    second_BH += alive_BH * (_UNIT / 4 * np.square(step_pages_B))[..., None]
     return np.rint(np.stack((first_BH, second_BH, third_BH), 1))
 
 
@@ -365,7 +373,8 @@ class Pool:
         """What rows know before their first call."""
         self.prompt[rows] = self.tokens[rows] = [f.prompt_tokens for f in forecasts]
         self.quantiles[rows] = [quantiles_of(f) for f in forecasts]
-        grown = [max(1.0, f.p50_tokens - f.prompt_tokens) / max(1.0, f.p50_steps) for f in forecasts]
+        # The last step observes nothing.
+        grown = [max(1.0, f.p50_tokens - f.prompt_tokens) / max(0.5, f.p50_steps - 0.5) for f in forecasts]
         self.growth[rows] = grown
         self.prefix[rows] = [self._prefix(suite, f.shared_tokens) for f in forecasts]
 
@@ -376,14 +385,13 @@ class Pool:
             return
         grown = self.tokens[rows] - self.prompt[rows]
         growth = (_STEPS_OF_PRIOR * self.growth[rows] + grown) / (_STEPS_OF_PRIOR + self.steps[rows])
+        growth = np.maximum(growth, 1.0)
         shared = self.prefix_pages[self.prefix[rows]]
-        self.outlook[rows] = outlook(
-            self.tokens[rows], np.maximum(growth, 1.0), self.quantiles[rows], shared, self.page_tokens
-        )
-        self._sum_up(rows)
+        self.outlook[rows] = outlook(self.tokens[rows], growth, self.quantiles[rows], shared, self.page_tokens)
+        self._sum_up(rows, growth / self.page_tokens)
 
-    def _sum_up(self, rows: Ints) -> None:
-        self.cumulants[rows] = cumulants_B3H = demand(self.outlook[rows])
+    def _sum_up(self, rows: Ints, step_pages: Floats | float = 0.0) -> None:
+        self.cumulants[rows] = cumulants_B3H = demand(self.outlook[rows], step_pages)
         self.size[rows] = cumulants_B3H[:, 0].max(1)
         self.alone[rows] = np.nan
 
@@ -650,9 +658,10 @@ class Pool:
                 self.parked[row] = found = True
         return found
 
-    def waits(self, rows: Ints, now_s: float) -> None:
-        """Rows have their answer and wait for their tool."""
+    def answered(self, rows: Ints, tokens: Floats, now_s: float) -> None:
+        """Rows have their answer, hold so many tokens and wait for their tool."""
         self.waiting_since_s[rows] = now_s
+        self.advance(rows, tokens, 1)
 
     def resume(self, rows: Ints, now_s: float) -> None:
         """Rows are back from their tool; one that was parked queues for a home, with the age it has."""

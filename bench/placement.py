@@ -8,7 +8,7 @@ every policy runs without errors, and what a wrong placement costs is prefill an
 whose residents together need more than its pool; it is counted against admissions.
 
     ledger         actors.placement.Pool under forecasts learnt from 2,000 other trajectories of each suite
-    no_parking     the same, but pages are kept through every wait
+    no_parking     the same, but pages are kept through every wait; only where `--policies` names it
     oracle         the same rule with the true size at every step ahead
     lightllm       its formula (Gong et al. 2025, §3): peak of current + remaining, remaining drawn from the history
     worst_case     every row reserves its suite's limit
@@ -56,7 +56,7 @@ GPUS = {
 SUITES = {"a": (0.6, 1_700, 1.0, 1.0), "b": (0.3, 4_096, 2.0, 1.0), "c": (0.1, 800, 1.0, 2.0)}
 MAX_STEPS = 50
 LIMIT_TOKENS = 24_000  # of a trajectory beside its shared prompt; the smallest replica holds one
-POLICIES = ("ledger", "no_parking", "oracle", "lightllm", "worst_case", "least_loaded", "round_robin")
+POLICIES = ("ledger", "oracle", "lightllm", "worst_case", "least_loaded", "round_robin")
 DT_S = 0.25
 
 Floats = NDArray[np.float64]
@@ -316,7 +316,7 @@ class Simulation:
             self.overshoots += len(set(homes[slow].tolist()))
         for i, row, r, pages in zip(slow, *(each[slow].tolist() for each in (rows, homes, want)), strict=True):
             # One by one, oldest first; nothing overtakes within a replica.
-            if (self.blocked[r] and not again) or not self._make_room(r, row, pages):
+            if self.blocked[r] or not self._make_room(r, row, pages):
                 self.blocked[r].append(row)
                 continue
             starts[i], held[i] = True, self.own[row]
@@ -432,8 +432,7 @@ class Core:
         started_s = time.process_time()
         self.pool.release(self.row_of[done].tolist())
         rows = self.row_of[waiting]
-        self.pool.advance(rows, s.tokens[waiting].astype(np.float64), 1)
-        self.pool.waits(rows, s.now_s)
+        self.pool.answered(rows, s.tokens[waiting].astype(np.float64), s.now_s)
         s.decisions_cpu_s += time.process_time() - started_s
 
     def back(self, trajectories: Ints) -> Ints:
@@ -459,7 +458,8 @@ class Simple:
         self.reserve = -(-LIMIT_TOKENS // PAGE) + 1.0
         self.reserved = np.zeros(s.replicas)
         self.peak = np.zeros(s.replicas)
-        self.rows: list[set[int]] = [set() for _ in range(s.replicas)]
+        self.rows = [np.zeros(0, np.int64) for _ in range(s.replicas)]
+        self.over = np.zeros(len(s.order), np.bool_)
         self.dirty = set(range(s.replicas))
         self.rng = np.random.default_rng(1)
         # of each row: pages it has, tokens it grew by, and the share of the history that grew by less
@@ -467,8 +467,11 @@ class Simple:
         self.grown, self.past = np.zeros(len(s.order)), np.zeros(len(s.order))
         self.quantiles = np.stack([growth for growth, _ in self.forecasts])
         self.levels = np.array(LEVELS)
-        # No draw is beyond the last level, so what is appended is only a divisor other than 0.
-        self.slopes = np.diff(self.quantiles, append=0.0) / np.diff(self.levels, append=2.0)
+        # Growth as a straight line from each level of each suite to the next; no draw is beyond the last level, so what
+        # is appended is only a divisor other than 0.
+        slopes = np.diff(self.quantiles, append=0.0) / np.diff(self.levels, append=2.0)
+        self.slopes, self.heights = slopes.ravel(), (self.quantiles - slopes * self.levels).ravel()
+        self.line = s.trace.suite * len(LEVELS) - 1
 
     def admit(self) -> tuple[Ints, Ints]:
         """Rows that get a home now, and their homes."""
@@ -479,7 +482,7 @@ class Simple:
         counts = s.residents.copy()
         if s.policy == "lightllm":
             for r in self.dirty:
-                self.peak[r] = self._peak(r)
+                self.peak[r] = self._peak(self.rows[r])
             self.dirty.clear()
         while s.at < len(s.order):
             row = int(s.order[s.at])
@@ -521,30 +524,29 @@ class Simple:
             r = int(room.argmax())
             if room[r] <= 0:
                 return None
-            self.rows[r].add(row)
-            peak = self._peak(r)
+            rows = np.append(self.rows[r], row)
+            peak = self._peak(rows)
             if peak <= s.pool[r]:
-                self.peak[r] = peak
+                self.rows[r], self.peak[r] = rows, peak
                 return r
-            self.rows[r].discard(row)
             room[r] = -1
         return None
 
-    def _peak(self, r: int) -> float:
+    def _peak(self, rows: Ints) -> float:
         """Pages at the worst moment ahead: when a row ends, those that end later have grown as much as it has."""
-        s = self.simulation
-        if not self.rows[r]:
+        if not len(rows):
             return 0.0
-        rows = np.fromiter(self.rows[r], np.int64)
-        suites, past = s.trace.suite[rows], self.past[rows]
+        s = self.simulation
+        past = self.past.take(rows)
         draw = past + (1 - past) * self.rng.random(len(rows))
-        level = np.searchsorted(self.levels, draw, "right") - 1
-        growth = self.slopes[suites, level] * (draw - self.levels[level]) + self.quantiles[suites, level]
-        left = growth - self.grown[rows]
+        line = self.line.take(rows) + np.searchsorted(self.levels, draw, "right")
+        left = self.slopes.take(line) * draw + self.heights.take(line) - self.grown.take(rows)
         order = np.argsort(-left)
-        ahead = np.cumsum(self.now[rows][order])
-        ahead = ahead + np.arange(1, len(rows) + 1) * np.ceil(np.maximum(left[order], 0) / PAGE)
-        return float(ahead.max()) + float(s.shared_pages[np.bincount(suites, minlength=len(SUITES)) > 0].sum())
+        ahead = np.cumsum(self.now.take(rows.take(order)))
+        ahead = ahead + np.arange(1, len(rows) + 1) * np.ceil(np.maximum(left.take(order), 0) / PAGE)
+        return float(ahead.max()) + float(
+            s.shared_pages[np.bincount(s.trace.suite.take(rows), minlength=len(SUITES)) > 0].sum()
+        )
 
     def answered(self, done: Ints, homes: Ints, waiting: Ints) -> None:
         """Rows are done, and leave their homes; others wait for their tools."""
@@ -552,8 +554,9 @@ class Simple:
         s = self.simulation
         if s.policy != "lightllm":
             return
-        for row, r in zip(done.tolist(), homes.tolist(), strict=True):
-            self.rows[r].discard(row)
+        self.over[done] = True
+        for r in set(homes.tolist()):
+            self.rows[r] = self.rows[r][~self.over[self.rows[r]]]
         self.dirty.update(homes.tolist())
         suites = s.trace.suite[waiting]
         self.now[waiting] = -(-s.tokens[waiting] // PAGE) - s.shared_pages[suites]

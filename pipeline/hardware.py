@@ -63,15 +63,15 @@ class Efficiency:
         prefill: share of the matrix rate, at 25.5 µs a token by the kernels of profiled steps; decode: share of the
             memory rate; step_s: host work of a step; of bench/results/react_replay_8b.json, one H100.
         sharded_prefill, sharded_decode: share that is left of each doubling of the GPUs. From
-            bench/results/tensor_parallel.json, two H200s with NVLink, measured when layers of one were compiled and
-            those of two not yet: prefill 42.1 k → 49.3 k tokens/s, decode 12.3 → 15.2 ms a step.
+            bench/results/tensor_parallel_compiled.json, two H200s with NVLink: prefill 41.2 k → 64.1 k tokens/s, decode
+            11.35 → 11.28 ms a step.
     """
 
     prefill: float = 0.604
     decode: float = 0.531
     step_s: float = 0.000113
-    sharded_prefill: float = 0.586
-    sharded_decode: float = 0.404
+    sharded_prefill: float = 0.778
+    sharded_decode: float = 0.503
 
 
 @dataclass(frozen=True, slots=True)

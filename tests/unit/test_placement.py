@@ -1,5 +1,6 @@
 """Placement: calibration, fairness, pools, fences, waits, and any order of events."""
 
+import heapq
 import time
 
 import numpy as np
@@ -8,8 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from actors.agent import Limits
 from actors.errors import Fenced
-from actors.messages import Ask, Forecast, Resident
+from actors.messages import Ask, Forecast, Resident, Task
 from actors.placement import (
     HORIZONS,
     LEVELS,
@@ -22,6 +24,8 @@ from actors.placement import (
     quantiles_of,
     survival,
 )
+from pipeline.footprint import Forecaster
+from pipeline.suite import PriorConfig
 
 PAGE = 256
 GROWTH = np.interp(LEVELS, (0, 0.5, 0.9, 1), (0, 2_000, 5_000, 9_000))
@@ -170,6 +174,58 @@ def test_pools_of_few_and_nearly_certain_rows_stay_within(pages):
         pages_BH, alive_BH = pool.outlook[rows, 0], pool.outlook[rows, 1]
         drawn = ((rng.random((20_000, len(rows), 1)) < alive_BH) * pages_BH).sum(1)
         assert (drawn > pages).mean(0).max() <= 0.013  # 1 % and what 20,000 futures leave open
+
+
+@pytest.mark.parametrize("apart_s", [0.002, 0.02, 0.2])
+def test_rows_that_are_all_alike_stay_within_their_pools(apart_s):
+    """Three calls each, of which the last adds less, nearly in step; a call holds what it comes to generate. Four
+    agents learn how long the rows are, as in tests/integration/test_ledger.py."""
+    generated, observed, pages = (19, 19, 17), 18, (60, 80, 100, 120)
+    prior = PriorConfig(steps=(3, 3, 3), tokens_per_step=(30, 40, 50))
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        made = placement(*pages, page_tokens=16)
+        agents = [Forecaster(Limits(5, 500, 8_192, 24), 5, prior) for _ in range(4)]
+        to_come = [list(range(agent, 160, 4)) for agent in range(4)]
+        prompt = rng.integers(13, 16, 160).tolist()
+        tokens, step, forecasts = prompt.copy(), [0] * 160, {}
+        held: list[dict[int, int]] = [{} for _ in pages]
+        asking, ended = set(), 0
+        events = [(rng.random() * 0.002, "begins", n % 4) for n in range(64)]
+        heapq.heapify(events)
+        while events:
+            now_s, what, n = heapq.heappop(events)
+            if what == "begins" and to_come[n]:
+                n = to_come[n].pop(0)
+                forecasts[n] = agents[n % 4].forecast(Task(f"{n}", 0, "", (), {}, {}, 0), prompt[n])
+                what = "asks"
+            if what == "answered":
+                tokens[n] += generated[step[n]]
+                made.replied(f"{n}", 1, tokens[n], now_s)
+                step[n] += 1
+                if step[n] < 3:
+                    tokens[n] += observed
+                    heapq.heappush(events, (now_s + rng.random() * 0.004, "asks", n))
+                else:
+                    held[int(made.lease(f"{n}").replica[1:])].pop(n)
+                    made.end(f"{n}", 1)
+                    row = {"row_id": f"{n}", "prompt_tokens": prompt[n], "peak_tokens": tokens[n], "num_steps": 3}
+                    agents[n % 4].observe(row | {"error_type": None, "metadata": {}})
+                    heapq.heappush(events, (now_s, "begins", n % 4))
+                    ended += 1
+            elif what == "asks":
+                made.ask(ask(f"{n}", tokens=tokens[n], forecast=forecasts[n]), now_s)
+                asking.add(n)
+            made.place(now_s)
+            for row in [row for row in asking if made.lease(f"{row}") is not None]:
+                asking.remove(row)
+                if not step[row]:
+                    agents[row % 4].begin(f"{row}")
+                home = int(made.lease(f"{row}").replica[1:])
+                held[home][row] = -(-(tokens[row] + generated[step[row]]) // 16)
+                assert sum(held[home].values()) <= pages[home]
+                heapq.heappush(events, (now_s + 0.5 + rng.random() * apart_s, "answered", row))
+        assert ended == 160
 
 
 @pytest.mark.parametrize("pages", [24, 30, 36, 42, 60])
