@@ -7,8 +7,9 @@ quantile is that of a gamma distribution that has them (Wilson and Hilferty 1931
 pages of few rows, or of one that comes to fill the pool in 2 of 100 cases, are not: there the rows that skew the sum
 are convolved one by one, and only the others are taken for a gamma's. LightLLM's peak formula (Gong et al. 2025,
 "past-future scheduler", §3) looks ahead the same way with one number for each request; ours keeps the spread.
-Steps are the clock, and rows are not in phase: each is up to half a step ahead or behind, which spreads their sum even
-where every forecast is sharp. A row that waits for its tool does not step, so it stands still.
+Steps are the clock, and rows are not in phase: those that were let in together stay together, and may be a step ahead
+of others or behind. That spreads their sum even where every forecast is sharp. A row that waits for its tool does not
+step: it has what it has for the share of time that rows like it wait, and for the rest what its next call needs.
 
 Knows nothing of engines, agents and transports. Not thread-safe.
 """
@@ -87,9 +88,8 @@ def outlook(
     tokens_B1, step_B1 = tokens_B[:, None], growth_B[:, None]
     # A call holds what it comes to generate; half of a step is generated, half observed.
     size_BH = tokens_B1 + step_B1 * (HORIZONS + 0.5)
-    # The first call takes place; a later one does if the row outgrows the end of the call before, half a step below
-    # its own or less, by how much the last generates: with a sixth pools come near 1 % and stay below.
-    reach_BH = np.where(HORIZONS > 0, size_BH - step_B1 / 6, tokens_B1)
+    # The first call takes place; a later one does if the row comes to its end, or nearly: the last may generate less.
+    reach_BH = np.where(HORIZONS > 0, size_BH - step_B1 / 16, tokens_B1)
     alive_BH = survival(reach_BH, quantiles_BK)
     known_B1 = alive_BH[:, :1]
     # Past all that was forecast it may end at any step.
@@ -105,14 +105,14 @@ def demand(outlook_B2H: Floats, step_pages_B: Floats | float = 0.0) -> Floats:
 
     Args:
         outlook_B2H: of `outlook`.
-        step_pages_B: pages a step: the row is half a step ahead or behind.
+        step_pages_B: pages a step: the row is ahead or behind by 1/2 step², its variance.
     """
     pages_BH, alive_BH = np.ascontiguousarray(outlook_B2H.swapaxes(0, 1))
     left_BH = 1.0 - alive_BH
     first_BH = pages_BH * (alive_BH * _UNIT)
     second_BH = pages_BH * (first_BH * left_BH)
     third_BH = pages_BH * (second_BH * (left_BH - alive_BH))
-    second_BH += alive_BH * (_UNIT / 4 * np.square(step_pages_B))[..., None]
+    second_BH += alive_BH * (_UNIT / 2 * np.square(step_pages_B))[..., None]
     return np.rint(np.stack((first_BH, second_BH, third_BH), 1))
 
 
@@ -225,6 +225,7 @@ class Pool:
         # prompts that rows have in common: (suite, tokens) → index into refs
         self.prefixes: dict[tuple[str, int], int] = {}
         self.prefix_pages = np.zeros(0)
+        self.called_s, self.waited_s = np.zeros(0), np.zeros(0)  # that its rows took in all
         self.refs = np.zeros((0, 0), np.int64)
         # rows
         self.slot: dict[str, int] = {}
@@ -244,7 +245,8 @@ class Pool:
         self.size = np.zeros(0)  # the largest of its means
         self.alone = np.zeros(0)  # see _alone; nan until it is asked for
         self.deadline_s, self.asked_s = np.zeros(0), np.zeros(0)
-        self.waiting_since_s = np.zeros(0)  # for its tool; inf while it computes
+        self.waits = np.zeros(0, np.bool_)  # for its tool
+        self.since_s = np.zeros(0)  # when it began to wait, or else its call
         self.parked = np.zeros(0, np.bool_)
         self._moved: set[int] = set()  # their tokens have changed since they were measured
         # queues
@@ -331,12 +333,11 @@ class Pool:
             for name in ("home", "prefix", "tokens", "prompt", "growth", "steps", "quantiles", "outlook", "cumulants"):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros((more, *old.shape[1:]), old.dtype)]))
-            for name in ("size", "alone", "deadline_s", "asked_s", "waiting_since_s", "parked"):
+            for name in ("size", "alone", "deadline_s", "asked_s", "waits", "since_s", "parked"):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros(more, old.dtype)]))
             self.home[size:] = -1
             self.deadline_s[size:] = np.inf
-            self.waiting_since_s[size:] = np.inf
             self.row_id += [None] * more
             self.suite += [""] * more
             for each in (self.attempt, self.avoid, self.ticket):
@@ -345,6 +346,7 @@ class Pool:
         row = self._free.pop()
         self.row_id[row], self.attempt[row], self.suite[row], self.avoid[row] = row_id, attempt, suite, -1
         self.steps[row], self.asked_s[row], self.deadline_s[row] = 0, now_s, now_s + self.lease_s
+        self.waits[row], self.since_s[row] = False, now_s
         if row_id is not None:
             self.slot[row_id] = row
         return row
@@ -355,6 +357,7 @@ class Pool:
             self.prefixes[key] = len(self.prefixes)
             pages = shared_tokens // self.page_tokens if self.page_tokens else 0
             self.prefix_pages = np.append(self.prefix_pages, float(pages))
+            self.called_s, self.waited_s = np.append(self.called_s, 1e-6), np.append(self.waited_s, 0.0)
             self.refs = np.concatenate([self.refs, np.zeros((1, len(self.replica_ids)), np.int64)])
         return self.prefixes[key]
 
@@ -383,11 +386,13 @@ class Pool:
         if not self.page_tokens:
             self._stand(rows, np.ones(len(rows)))
             return
-        grown = self.tokens[rows] - self.prompt[rows]
-        growth = (_STEPS_OF_PRIOR * self.growth[rows] + grown) / (_STEPS_OF_PRIOR + self.steps[rows])
-        growth = np.maximum(growth, 1.0)
-        shared = self.prefix_pages[self.prefix[rows]]
-        self.outlook[rows] = outlook(self.tokens[rows], growth, self.quantiles[rows], shared, self.page_tokens)
+        tokens, prefix, half = self.tokens[rows], self.prefix[rows], 0.5 * self.waits[rows]
+        # Half of a step is observed, which a row that waits has yet to do.
+        growth = _STEPS_OF_PRIOR * self.growth[rows] + tokens - self.prompt[rows]
+        growth = np.maximum(growth / (_STEPS_OF_PRIOR + self.steps[rows] - half), 1.0)
+        calls = self.called_s[prefix] / (self.called_s[prefix] + self.waited_s[prefix])
+        tokens = tokens + half * (2 * calls - 1) * growth
+        self.outlook[rows] = outlook(tokens, growth, self.quantiles[rows], self.prefix_pages[prefix], self.page_tokens)
         self._sum_up(rows, growth / self.page_tokens)
 
     def _sum_up(self, rows: Ints, step_pages: Floats | float = 0.0) -> None:
@@ -444,8 +449,8 @@ class Pool:
             if row_id is not None:
                 del self.slot[row_id]
             self.row_id[row] = None
-            self.deadline_s[row] = self.waiting_since_s[row] = np.inf
-            self.parked[row] = False
+            self.deadline_s[row] = np.inf
+            self.waits[row] = self.parked[row] = False
             self._moved.discard(row)
             self._free.append(row)
         homes.discard(-1)
@@ -529,6 +534,7 @@ class Pool:
                     refused.clear()
                 self._dequeue(row)
                 self._charge(row, r, needed_H)
+                self.since_s[row] = now_s
                 self.served[self.suite[row]] += float(self.size[row]) / _UNIT
                 granted.append(row)
             elif parked or not self._park(now_s):
@@ -645,9 +651,9 @@ class Pool:
         if now_s < self._swept_s + 1.0:
             return False
         self._swept_s = now_s
-        rows = np.flatnonzero((self.waiting_since_s < now_s) & (self.home >= 0))
+        rows = np.flatnonzero(self.waits & (self.home >= 0))
         refill_s = self.refill_s[self.home[rows]]
-        waited_s = now_s - self.waiting_since_s[rows]
+        waited_s = now_s - self.since_s[rows]
         found = False
         suites = np.array([self.suite[row] for row in rows.tolist()])
         for suite in set(suites[waited_s > 0.1 * refill_s].tolist()):
@@ -660,18 +666,23 @@ class Pool:
 
     def answered(self, rows: Ints, tokens: Floats, now_s: float) -> None:
         """Rows have their answer, hold so many tokens and wait for their tool."""
-        self.waiting_since_s[rows] = now_s
+        self._wait(rows, now_s)
         self.advance(rows, tokens, 1)
+
+    def _wait(self, rows: Ints, now_s: float) -> None:
+        np.add.at(self.called_s, self.prefix[rows], now_s - self.since_s[rows])
+        self.waits[rows], self.since_s[rows] = True, now_s
 
     def resume(self, rows: Ints, now_s: float) -> None:
         """Rows are back from their tool; one that was parked queues for a home, with the age it has."""
-        since_s = self.waiting_since_s[rows]
-        for row, waited_s in zip(rows.tolist(), (now_s - since_s).tolist(), strict=True):
-            if waited_s >= 0:
-                past = self.past_waits.setdefault(self.suite[row], [])
-                past.append(waited_s)
-                del past[:-512]
-        self.waiting_since_s[rows] = np.inf
+        waited = rows[self.waits[rows]]
+        waited_s = now_s - self.since_s[waited]
+        np.add.at(self.waited_s, self.prefix[waited], waited_s)
+        for row, each_s in zip(waited.tolist(), waited_s.tolist(), strict=True):
+            past = self.past_waits.setdefault(self.suite[row], [])
+            past.append(each_s)
+            del past[:-512]
+        self.waits[rows], self.since_s[rows] = False, now_s
         for row in rows[self.parked[rows]].tolist():
             self.parked[row] = False
             self._enqueue(row)
@@ -701,7 +712,7 @@ class Pool:
             self.avoid[row] = avoid
             # How many steps it took to here was forgotten.
             self.steps[row] = max(0.0, ask.tokens - self.prompt[row]) / self.growth[row]
-            self.tokens[row] = ask.tokens
+            self.tokens[row], self.since_s[row] = ask.tokens, now_s
             self.measure(one)
             if home is None:
                 self._enqueue(row)
@@ -732,7 +743,7 @@ class Pool:
         if row is None or self.attempt[row] != attempt or tokens < self.tokens[row]:
             return  # fewer: the next call has overtaken this news
         self._moves(row, tokens, 1)
-        self.waiting_since_s[row] = now_s
+        self._wait(np.array([row]), now_s)
         self.deadline_s[row] = now_s + self.lease_s
 
     def end(self, row_id: str, attempt: int) -> None:
