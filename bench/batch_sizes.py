@@ -148,6 +148,10 @@ class Admission(Protocol):
         """The trajectory is over."""
         ...
 
+    def flush(self) -> None:
+        """Nothing else happens now."""
+        ...
+
     def close(self) -> None:
         """No more of it."""
         ...
@@ -169,42 +173,41 @@ class Fixed:
     def ended(self, job: Job, tokens: int) -> None:
         """See `Admission`."""
 
+    def flush(self) -> None:
+        """See `Admission`."""
+
     def close(self) -> None:
         """See `Admission`."""
 
 
 def serve_ledger(connection: Connection) -> None:
-    """The ledger's process: what comes are requests to `Ledger.do` and reports, at last None; what goes are ids of rows
-    that have a home."""
+    """The ledger's process: what comes are lists of requests to `Ledger.do` and of reports, at last None; what goes are
+    lists of ids of rows that have a home."""
 
     async def serve() -> None:
-        connection.send("")
+        settle_garbage()  # as the actor does
+        connection.send([])
         ledger, loop, tasks = Ledger({"single": None}), asyncio.get_running_loop(), set[asyncio.Task[None]]()
 
         async def acquire(ask: Ask) -> None:
             while await ledger.acquire(ask) is None:
                 pass
-            connection.send(ask.row_id)
+            connection.send([ask.row_id])
 
-        def receive() -> list[Any]:
-            came = [connection.recv()]
-            while connection.poll():  # what came meanwhile goes together, as an agent's requests do
-                came.append(connection.recv())
-            return came
-
-        while None not in (came := await loop.run_in_executor(None, receive)):
+        while (came := await loop.run_in_executor(None, connection.recv)) is not None:
             for report in (one for one in came if isinstance(one, Report)):
                 await ledger.report(report)
-            asked = [one for one in came if not isinstance(one, Report)]
+            asked, granted = [one for one in came if not isinstance(one, Report)], []
             for (name, (first, *_)), answer in zip(asked, await ledger.do(asked), strict=True):
                 if isinstance(answer, Exception):
                     raise answer
                 if name == "ask" and isinstance(answer, Lease):
-                    connection.send(first.row_id)
+                    granted.append(first.row_id)
                 elif name == "ask":
                     task = loop.create_task(acquire(first))
                     tasks.add(task)
                     task.add_done_callback(tasks.discard)
+            connection.send(granted)
         for task in tasks:
             task.cancel()
 
@@ -212,7 +215,8 @@ def serve_ledger(connection: Connection) -> None:
 
 
 class Ledgered:
-    """The ledger decides, by forecasts; what an agent and a replica tell it in a run is told here."""
+    """The ledger decides, by forecasts; what an agent and a replica tell it in a run is told here, together where it
+    happens together, as agents do."""
 
     def __init__(self, engine: PagedEngine, prefix: int, granted: SimpleQueue[Any], *, drops: bool):
         self.drops, self.granted, self.at_once = drops, granted, slots(engine.capacity())
@@ -220,6 +224,7 @@ class Ledgered:
         self.reporter = Reporter("ledger", "single", "replica", engine)
         self.forecasts: dict[str, Forecast] = {}
         self.begun: set[str] = set()
+        self.requests: list[Any] = []
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve_ledger, args=(theirs,), daemon=True)
@@ -228,18 +233,20 @@ class Ledgered:
         self.connection.recv()  # it has started
         threading.Thread(target=self._listen, daemon=True).start()
         self._report()
+        self.flush()
 
     def _listen(self) -> None:
         while True:
             try:
-                self.granted.put(self.connection.recv())
+                for id in self.connection.recv():
+                    self.granted.put(id)
             except (EOFError, OSError):  # closed
                 return
 
     def _report(self) -> None:
         report = self.reporter.report()
         self.reported_s = time.monotonic()
-        self.connection.send(report if self.drops else replace(report, refill_s=float("inf")))
+        self.requests.append(report if self.drops else replace(report, refill_s=float("inf")))
 
     def ask(self, job: Job, tokens: int) -> None:
         """See `Admission`."""
@@ -247,7 +254,7 @@ class Ledgered:
         if id not in self.forecasts:
             self.forecasts[id] = self.forecaster.forecast(job.task, tokens)
         home = "replica" if id in self.begun else None
-        self.connection.send(("ask", (Ask(id, 1, "suite", self.forecasts[id], tokens, home, None, None),)))
+        self.requests.append(("ask", (Ask(id, 1, "suite", self.forecasts[id], tokens, home, None, None),)))
 
     def admitted(self, id: str) -> None:
         """The trajectory makes its call."""
@@ -259,16 +266,22 @@ class Ledgered:
         """See `Admission`."""
         self.reporter.prefilled += answer.usage.prefilled
         self.reporter.prefill_gpu_s += answer.usage.prefill_gpu_s
-        self.connection.send(("replied", (job.trace.id, 1, tokens)))
+        self.requests.append(("replied", (job.trace.id, 1, tokens)))
         if time.monotonic() > self.reported_s + 1.0:
             self._report()
 
     def ended(self, job: Job, tokens: int) -> None:
         """See `Admission`."""
-        self.connection.send(("end", (job.trace.id, 1)))
+        self.requests.append(("end", (job.trace.id, 1)))
         row = {"row_id": job.task.row_id, "prompt_tokens": len(job.trace.prompt), "peak_tokens": tokens}
         row |= {"num_steps": job.trace.calls, "error_type": None, "metadata": job.task.metadata}
         self.forecaster.observe(row)
+
+    def flush(self) -> None:
+        """See `Admission`."""
+        if self.requests:
+            self.connection.send(self.requests)
+            self.requests = []
 
     def close(self) -> None:
         """See `Admission`."""
@@ -304,6 +317,8 @@ def run(engine: PagedEngine, jobs: Sequence[Job], name: str, args: argparse.Name
         while tools and tools[0][0] <= now_s:
             _, id = heapq.heappop(tools)
             admission.ask(by_id[id], len(contexts[id][0]))
+        if came.empty():
+            admission.flush()
         try:
             left_s = (tools[0][0] if tools else started_s + args.seconds) - time.monotonic()
             one = came.get(timeout=max(0.0, min(left_s, 0.1)))

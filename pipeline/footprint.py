@@ -3,8 +3,8 @@
 A trajectory's growth (peak minus prompt) is forecast to be like that of finished rows, each carried over to the length
 and the group of the question by a regression on their logarithms. The row that is forecast counts as one more, which
 grew to its limit: split conformal prediction (Lei et al. 2018, arXiv:1604.04173), so that p95 covers about 95 % of
-exchangeable rows however few were seen. Unlike there, the same rows fit the regression, whose two shrunk effects cost
-next to nothing of that. Before rows are finished the suite's prior stands for some; it fades as they come.
+exchangeable rows however few were seen; p99, which fewer than 100 rows can't tell, is then a multiple of the largest.
+Unlike there, the same rows fit the regression, whose two shrunk effects cost next to nothing of that. Before rows are finished the suite's prior stands for some; it fades as they come.
 
 Forecasts order and place work; they never change a limit or an output. Knows nothing of Ray, engines or bytes.
 """
@@ -37,6 +37,8 @@ FADE_ROWS = 10.0
 """Finished rows that make the prior count for a third; after 50 it is gone, or its tail would widen every p95."""
 PAST_ROWS = 50.0
 """Rows that this run must finish for earlier runs' rows to count half."""
+BEYOND = 2.0
+"""How many times the largest growth the p99 is where rows are too few to tell it."""
 SHRINK_ROWS = 20.0
 """Rows at which an effect of length or group counts half."""
 
@@ -128,6 +130,8 @@ class Forecaster:
         levels = np.array(FORECAST_LEVELS) * (weights.sum() + 1)  # the one more row, which grows without bound
         at = np.searchsorted(np.cumsum(weights[ascending]), levels - 1e-9)
         quantiles = np.append(growth[ascending], np.inf)[at]
+        # Where rows are too few to tell the p99, the limit in its place would be most of what a sum of many rows needs.
+        quantiles[-2] = min(quantiles[-2], max(quantiles[-3], BEYOND * growth.max()))
         quantiles[-1] = np.inf
         by_steps = np.cumsum(np.bincount(np.rint(rows[:, _STEPS]).astype(int), weights))
         steps = int(np.searchsorted(by_steps, by_steps[-1] / 2))
