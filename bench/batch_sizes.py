@@ -12,8 +12,9 @@ Two workloads, of the same lengths: `calls` follow one another at once, or after
 questions (a suite's `report_by` field, which forecasts learn by) some want two calls and some twenty, with a twelvefold
 spread of own tokens; all share a few-shot prompt. The pool holds the mean trajectory `--largest / --pressure` times.
 
-A setting ends with its last trajectory, or after `--seconds` with what was generated until then. `again` is
-what was prefilled beyond each token once, of all that was prefilled. Weights and tokens are random.
+A setting ends after `--seconds` with what was generated until then, or, where there are few, with its last trajectory:
+then the last long ones, beside which ever fewer run, decide. `again` is what was prefilled beyond each token once, of
+all that was prefilled. Weights and tokens are random.
 
     python -m bench.batch_sizes --out bench/results/batch_sizes.json
     python -m bench.batch_sizes --shape tiny --device cpu --trajectories 12 --prefix 300 --generate 4 --sizes 2,8
@@ -430,7 +431,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shape", choices=list(SHAPES), default="1.7b")
-    add("--trajectories", type=int, default=360)
+    add("--trajectories", type=int, default=1_080)
     add("--sizes", default="48,96,128,192,256", help="trajectories at once, comma-separated")
     add("--generate-sizes", default="", help="batches of `generate`, comma-separated; needs a GPU")
     add("--workloads", default=",".join(WORKLOADS))

@@ -4,7 +4,8 @@ A trajectory's growth (peak minus prompt) is forecast to be like that of finishe
 and the group of the question by a regression on their logarithms. The row that is forecast counts as one more, which
 grew to its limit: split conformal prediction (Lei et al. 2018, arXiv:1604.04173), so that p95 covers about 95 % of
 exchangeable rows however few were seen; p99, which fewer than 100 rows can't tell, is then a multiple of the largest.
-Unlike there, the same rows fit the regression, whose two shrunk effects cost next to nothing of that. Before rows are finished the suite's prior stands for some; it fades as they come.
+Unlike there, the same rows fit the regression, whose two shrunk effects cost next to nothing of that. Before rows are
+finished the suite's prior stands for some; it fades as they come.
 
 Forecasts order and place work; they never change a limit or an output. Knows nothing of Ray, engines or bytes.
 """
