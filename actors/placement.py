@@ -7,9 +7,11 @@ quantile is that of a gamma distribution that has them (Wilson and Hilferty 1931
 pages of few rows, or of one that comes to fill the pool in 2 of 100 cases, are not: there the rows that skew the sum
 are convolved one by one, and only the others are taken for a gamma's. LightLLM's peak formula (Gong et al. 2025,
 "past-future scheduler", §3) looks ahead the same way with one number for each request; ours keeps the spread.
-Steps are the clock, and rows are not in phase: those that were let in together stay together, and may be a step ahead
-of others or behind. That spreads their sum even where every forecast is sharp. A row that waits for its tool does not
-step: it has what it has for the share of time that rows like it wait, and for the rest what its next call needs.
+Steps are the clock, and rows are not in phase: each may be half a step ahead or behind, which spreads their sum even
+where every forecast is sharp. And rows that were let in together step together, in the order in which their calls
+began: no moment at which some have stepped and others have not may exceed the pool either. A row that waits for its
+tool does not step: it has what it has for the share of time that rows like it wait, and for the rest what its next call
+needs.
 
 Knows nothing of engines, agents and transports. Not thread-safe.
 """
@@ -34,6 +36,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 HORIZONS = np.array([0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32], np.float64)  # steps ahead; 0: the call that runs or is next
+SOON = 6  # horizons at which it matters who steps first
 SIGMAS = 2.55  # 1 % of a normal distribution are above 2.33; sums of few, large rows come in lumps
 RISK = 0.01
 SKEWED = 1.0  # a gamma distribution with less skewness is close enough to any sum of rows
@@ -105,14 +108,14 @@ def demand(outlook_B2H: Floats, step_pages_B: Floats | float = 0.0) -> Floats:
 
     Args:
         outlook_B2H: of `outlook`.
-        step_pages_B: pages a step: the row is ahead or behind by 1/2 step², its variance.
+        step_pages_B: pages a step: the row is half a step ahead or behind.
     """
     pages_BH, alive_BH = np.ascontiguousarray(outlook_B2H.swapaxes(0, 1))
     left_BH = 1.0 - alive_BH
     first_BH = pages_BH * (alive_BH * _UNIT)
     second_BH = pages_BH * (first_BH * left_BH)
     third_BH = pages_BH * (second_BH * (left_BH - alive_BH))
-    second_BH += alive_BH * (_UNIT / 2 * np.square(step_pages_B))[..., None]
+    second_BH += alive_BH * (_UNIT / 4 * np.square(step_pages_B))[..., None]
     return np.rint(np.stack((first_BH, second_BH, third_BH), 1))
 
 
@@ -125,6 +128,18 @@ def needed(cumulants: Floats) -> Any:
     sixth = np.maximum(third / np.maximum(second * deviation, 1e-6), 1e-3) / 6  # of the skewness
     root = np.maximum(1 + sixth * (SIGMAS - sixth), 0)
     return first + (root * root * root - 1) / (3 * sixth) * deviation
+
+
+def staggered(cumulants_B3H: Floats) -> float:
+    """Pages at the worst moment between two horizons, and one deviation more: rows step one after the other.
+
+    Args:
+        cumulants_B3H: of the rows, in the order in which they step.
+    """
+    mean_BH = cumulants_B3H[:, 0, :SOON] / _UNIT
+    stepped_H = np.cumsum(np.diff(mean_BH, axis=1), 0).max(0).clip(0)
+    deviation_H = np.sqrt(cumulants_B3H[:, 1, : SOON - 1].sum(0) / _UNIT)
+    return float((mean_BH[:, :-1].sum(0) + stepped_H + deviation_H).max())
 
 
 def _tail(pages: Floats, cumulants: Floats) -> Floats:
@@ -627,9 +642,13 @@ class Pool:
             return None
         if not self.residents[r]:
             return needed_H  # there is nobody whom it could crowd out
-        if not (doubt := doubtful(total, int(self.residents[r]) + 1, limit)).any():
-            return needed_H
         rows = np.append(np.flatnonzero(self.home == r), row)
+        began_s = np.where(self.waits[rows], np.inf, self.since_s[rows])
+        began_s[-1] = np.inf
+        if staggered(self.cumulants[rows[np.argsort(began_s, kind="stable")]]) > limit:
+            self.refused[r] = min(self.refused[r], self.size[row])
+            return None
+        doubt = doubtful(total, len(rows), limit)
         doubt &= self.outlook[rows, 0].sum(0) > limit
         if not doubt.any():
             return needed_H
