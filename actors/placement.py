@@ -36,7 +36,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 HORIZONS = np.array([0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32], np.float64)  # steps ahead; 0: the call that runs or is next
-SOON = 6  # horizons at which it matters who steps first
+SOON = 5  # horizons that are one step apart
 SIGMAS = 2.55  # 1 % of a normal distribution are above 2.33; sums of few, large rows come in lumps
 RISK = 0.01
 SKEWED = 1.0  # a gamma distribution with less skewness is close enough to any sum of rows
@@ -77,7 +77,12 @@ def survival(tokens_BH: Floats, quantiles_BK: Floats) -> Floats:
 
 
 def outlook(
-    tokens_B: Floats, growth_B: Floats, quantiles_BK: Floats, shared_pages_B: Floats, page_tokens: int
+    tokens_B: Floats,
+    growth_B: Floats,
+    quantiles_BK: Floats,
+    shared_pages_B: Floats,
+    page_tokens: int,
+    to_come_B: Floats | float = 0.0,
 ) -> Floats:
     """The pages that rows of `tokens` have at each horizon if they have not ended, and the chance of that, [B, 2, H].
 
@@ -87,12 +92,14 @@ def outlook(
         quantiles_BK: of the peak, before any of it was seen.
         shared_pages_B: pages of it that are counted elsewhere.
         page_tokens: tokens a page.
+        to_come_B: tokens between the transcript of now and the first call; negative where the row may still wait.
     """
-    tokens_B1, step_B1 = tokens_B[:, None], growth_B[:, None]
+    step_B1 = growth_B[:, None]
     # A call holds what it comes to generate; half of a step is generated, half observed.
-    size_BH = tokens_B1 + step_B1 * (HORIZONS + 0.5)
+    size_BH = (tokens_B + to_come_B)[:, None] + step_B1 * (HORIZONS + 0.5)
     # The first call takes place; a later one does if the row comes to its end, or nearly: the last may generate less.
-    reach_BH = np.where(HORIZONS > 0, size_BH - step_B1 / 16, tokens_B1)
+    known_B = tokens_B + np.maximum(to_come_B, 0.0)
+    reach_BH = np.where(HORIZONS > 0, size_BH - step_B1 / 16, known_B[:, None])
     alive_BH = survival(reach_BH, quantiles_BK)
     known_B1 = alive_BH[:, :1]
     # Past all that was forecast it may end at any step.
@@ -406,8 +413,9 @@ class Pool:
         growth = _STEPS_OF_PRIOR * self.growth[rows] + tokens - self.prompt[rows]
         growth = np.maximum(growth / (_STEPS_OF_PRIOR + self.steps[rows] - half), 1.0)
         calls = self.called_s[prefix] / (self.called_s[prefix] + self.waited_s[prefix])
-        tokens = tokens + half * (2 * calls - 1) * growth
-        self.outlook[rows] = outlook(tokens, growth, self.quantiles[rows], self.prefix_pages[prefix], self.page_tokens)
+        to_come = half * (2 * calls - 1) * growth
+        shared = self.prefix_pages[prefix]
+        self.outlook[rows] = outlook(tokens, growth, self.quantiles[rows], shared, self.page_tokens, to_come)
         self._sum_up(rows, growth / self.page_tokens)
 
     def _sum_up(self, rows: Ints, step_pages: Floats | float = 0.0) -> None:
@@ -549,7 +557,8 @@ class Pool:
                     refused.clear()
                 self._dequeue(row)
                 self._charge(row, r, needed_H)
-                self.since_s[row] = now_s
+                if not self.waits[row]:
+                    self.since_s[row] = now_s
                 self.served[self.suite[row]] += float(self.size[row]) / _UNIT
                 granted.append(row)
             elif parked or not self._park(now_s):
@@ -643,9 +652,7 @@ class Pool:
         if not self.residents[r]:
             return needed_H  # there is nobody whom it could crowd out
         rows = np.append(np.flatnonzero(self.home == r), row)
-        began_s = np.where(self.waits[rows], np.inf, self.since_s[rows])
-        began_s[-1] = np.inf
-        if staggered(self.cumulants[rows[np.argsort(began_s, kind="stable")]]) > limit:
+        if self._staggered(rows) > limit:
             self.refused[r] = min(self.refused[r], self.size[row])
             return None
         doubt = doubtful(total, len(rows), limit)
@@ -659,6 +666,12 @@ class Pool:
             return needed_H
         self.refused[r] = min(self.refused[r], self.size[row])
         return None
+
+    def _staggered(self, rows: Ints) -> float:
+        """`staggered` of rows of which the last is new; those that wait step last."""
+        began_s = np.where(self.waits[rows], np.inf, self.since_s[rows])
+        began_s[-1] = np.inf
+        return staggered(self.cumulants[rows[np.argsort(began_s, kind="stable")]])
 
     # --- waits
 
@@ -759,8 +772,8 @@ class Pool:
     def replied(self, row_id: str, attempt: int, tokens: int, now_s: float) -> None:
         """A row's call is answered: it holds so many tokens and waits for its tool."""
         row = self.slot.get(row_id)
-        if row is None or self.attempt[row] != attempt or tokens < self.tokens[row]:
-            return  # fewer: the next call has overtaken this news
+        if row is None or self.attempt[row] != attempt or tokens < self.tokens[row] or self.waits[row]:
+            return  # fewer: the next call has overtaken this news; it waits: this is said again
         self._moves(row, tokens, 1)
         self._wait(np.array([row]), now_s)
         self.deadline_s[row] = now_s + self.lease_s
@@ -842,7 +855,8 @@ class Placement:
         return lease if lease is None or lease.replica else replace(lease, replica=ask.home)
 
     def _choose(self, forecast: Forecast) -> tuple[Pool, bool]:
-        """The first pool with a replica that the row alone does not outgrow, in 99 of 100 cases; else the largest."""
+        """The first pool with a replica that the row alone does not outgrow, in 99 of 100 cases as far as its forecast
+        tells; else the largest. One that outgrows it goes on in the next."""
         tokens = float(np.interp(0.99, LEVELS, quantiles_of(forecast)))
         # A pool that has never had a replica may hold anything.
         sizes = {name: pool.largest or self.declared[name] or np.inf for name, pool in self.pools.items()}

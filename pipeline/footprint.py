@@ -3,9 +3,9 @@
 A trajectory's growth (peak minus prompt) is forecast to be like that of finished rows, each carried over to the length
 and the group of the question by a regression on their logarithms. The row that is forecast counts as one more, which
 grew to its limit: split conformal prediction (Lei et al. 2018, arXiv:1604.04173), so that p95 covers about 95 % of
-exchangeable rows however few were seen; p99, which fewer than 100 rows can't tell, is then a multiple of the largest.
-Unlike there, the same rows fit the regression, whose two shrunk effects cost next to nothing of that. Before rows are
-finished the suite's prior stands for some; it fades as they come.
+exchangeable rows however few were seen; p99, which fewer than 100 can't tell, is a multiple of the largest where p95 is
+known. Unlike there, the same rows fit the regression, whose two shrunk effects cost next to nothing of that. Before
+rows are finished the suite's prior stands for some; it fades as they come.
 
 Forecasts order and place work; they never change a limit or an output. Knows nothing of Ray, engines or bytes.
 """
@@ -132,7 +132,9 @@ class Forecaster:
         at = np.searchsorted(np.cumsum(weights[ascending]), levels - 1e-9)
         quantiles = np.append(growth[ascending], np.inf)[at]
         # Where rows are too few to tell the p99, the limit in its place would be most of what a sum of many rows needs.
-        quantiles[-2] = min(quantiles[-2], max(quantiles[-3], BEYOND * growth.max()))
+        finished = growth[rows[:, _SOURCE] != _PRIOR]
+        most = (finished if len(finished) else growth).max()
+        quantiles[-2] = min(quantiles[-2], max(quantiles[-3], BEYOND * most))
         quantiles[-1] = np.inf
         by_steps = np.cumsum(np.bincount(np.rint(rows[:, _STEPS]).astype(int), weights))
         steps = int(np.searchsorted(by_steps, by_steps[-1] / 2))

@@ -176,6 +176,18 @@ def test_pools_of_few_and_nearly_certain_rows_stay_within(pages):
         assert (drawn > pages).mean(0).max() <= 0.013  # 1 % and what 20,000 futures leave open
 
 
+def test_a_row_that_gets_a_new_home_while_it_waits_has_waited_since_its_answer():
+    made = placement(90, 90)
+    made.ask(ask("a"), 0.0)
+    made.place(0.0)
+    made.replied("a", 1, 1_900, 1.0)
+    made.replied("a", 1, 1_900, 2.0)  # said again
+    made.pools["single"].replica_down(made.lease("a").replica)
+    made.place(50.0)
+    made.ask(ask("a", tokens=2_000, home=made.lease("a").replica), 61.0)
+    assert made.pools["single"].past_waits == {"s": [60.0]}
+
+
 @pytest.mark.parametrize("pause_s", [0.0, 3.0])
 @pytest.mark.parametrize("apart_s", [0.002, 0.02, 0.2])
 def test_rows_that_are_all_alike_stay_within_their_pools(apart_s, pause_s):
