@@ -21,7 +21,6 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.engine import settle_garbage
 from actors.engine.protocol import Capacity, Engine
 from actors.errors import BerthError, EngineError, Fenced
 from actors.messages import Ask, Call, DeviceBytes, Forecast, Lease, Resident, Usage
@@ -99,10 +98,7 @@ class Ledger:
         self.orders: defaultdict[str, list[str]] = defaultdict(list)
         self.waiting: dict[str, asyncio.Future[None]] = {}
         self.closed: dict[str, EngineError] = {}
-        restarted = False
-        if ray.is_initialized():
-            restarted = ray.get_runtime_context().was_current_actor_reconstructed
-            settle_garbage()  # a full collection takes 0.1 s and more, in which nobody goes on
+        restarted = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
         self.settled_s = time.monotonic() + (settle_s if restarted else 0.0)
         self.metrics = LedgerMetrics()
         self.measured: defaultdict[str, set[str]] = defaultdict(set)

@@ -652,17 +652,7 @@ class Pool:
         if not self.residents[r]:
             return needed_H  # there is nobody whom it could crowd out
         rows = np.append(np.flatnonzero(self.home == r), row)
-        if self._staggered(rows) > limit:
-            self.refused[r] = min(self.refused[r], self.size[row])
-            return None
-        doubt = doubtful(total, len(rows), limit)
-        doubt &= self.outlook[rows, 0].sum(0) > limit
-        if not doubt.any():
-            return needed_H
-        skewest = np.argsort(self.cumulants[rows, 2][:, doubt].max(1))[-GIANTS:]
-        giants = rows[skewest]
-        others = total - self.cumulants[giants].sum(0)
-        if overflow(self.outlook[giants][:, :, doubt], others[:, doubt], limit) <= RISK:
+        if self._staggered(rows) <= limit and self._risk(rows, total, limit) <= RISK:
             return needed_H
         self.refused[r] = min(self.refused[r], self.size[row])
         return None
@@ -672,6 +662,15 @@ class Pool:
         began_s = np.where(self.waits[rows], np.inf, self.since_s[rows])
         began_s[-1] = np.inf
         return staggered(self.cumulants[rows[np.argsort(began_s, kind="stable")]])
+
+    def _risk(self, rows: Ints, total: Floats, limit: float) -> float:
+        """`overflow` of rows that need `total`, at the horizons where that is in doubt; 0 where it is at none."""
+        doubt = doubtful(total, len(rows), limit) & (self.outlook[rows, 0].sum(0) > limit)
+        if not doubt.any():
+            return 0.0
+        giants = rows[np.argsort(self.cumulants[rows, 2][:, doubt].max(1))[-GIANTS:]]
+        others = total - self.cumulants[giants].sum(0)
+        return overflow(self.outlook[giants][:, :, doubt], others[:, doubt], limit)
 
     # --- waits
 
