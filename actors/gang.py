@@ -1,7 +1,8 @@
 """Ranks 1 and up of a replica's gang as Ray actors, in the replica's placement group, one bundle each.
 
-They live and die with rank 0: Ray ends them when it dies, and when one of them ends, rank 0's process does, so that
-Serve builds the whole gang anew. A rank that is stuck and not dead is the engine's to find (engine/leader.py).
+They live and die with the replica, whose engine is rank 0: Ray ends them when it dies, and when one of them ends, the
+replica does, so that Serve builds the whole gang anew. A rank that is stuck and not dead is the engine's to find
+(engine/leader.py).
 
 Knows nothing of requests or of what a rank computes.
 """
@@ -43,7 +44,10 @@ class Rank:
 
 
 def start_ranks(spec: EngineSpec, threads: int) -> list[Any]:
-    """Start the other ranks, and make this process rank 0, ready for `build`; the calls that last as long as they do.
+    """Start the other ranks, and give the engine's process, by this one's environment, the seat of rank 0.
+
+    Returns:
+        Calls that last as long as the ranks do.
 
     Args:
         threads: CPU threads of each rank; 0 leaves torch's own number.

@@ -15,15 +15,15 @@ from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.engine.protocol import Capacity, Engine
+from actors.engine.protocol import Capacity
 from actors.errors import BerthError, EngineError, Fenced
-from actors.messages import Ask, Call, DeviceBytes, Forecast, Lease, Resident, Usage
+from actors.messages import Ask, Call, Forecast, Lease, Resident, Usage
 from actors.metrics import LedgerMetrics, ReplicaMetrics
 from actors.placement import Placement
 
@@ -333,6 +333,18 @@ class Leased:
         self.home, self.avoid = None, replica
 
 
+class Held(Protocol):
+    """What a reporter needs of an engine."""
+
+    def capacity(self) -> Capacity:
+        """See `Engine.capacity`."""
+        ...
+
+    def end(self, sequence_id: str) -> None:
+        """See `Engine.end`."""
+        ...
+
+
 class Reporter:
     """A replica's side: counts what it holds, reports once a second, frees what it is told to.
 
@@ -341,10 +353,6 @@ class Reporter:
         pool: the pool that the replica belongs to.
         replica: the replica's id.
         engine: whose sizes are reported and whose rows are ended.
-        device_bytes: tells the GPU's memory.
-
-    Attributes:
-        device: the GPU's memory, looked at once a second.
     """
 
     def __init__(
@@ -352,16 +360,13 @@ class Reporter:
         ledger: str,
         pool: str,
         replica: str,
-        engine: Engine,
-        device_bytes: Callable[[], DeviceBytes | None] = lambda: None,
+        engine: Held,
     ):
         self.ledger, self.pool, self.replica, self.engine = ledger, pool, replica, engine
-        self.device_bytes = device_bytes
         self.residents: dict[str, Resident] = {}
         self.running: Counter[str] = Counter()
         self.prefilled, self.prefill_gpu_s = 0, 0.0
         self.metrics = ReplicaMetrics(pool, replica)
-        self.device: DeviceBytes | None = None
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -413,11 +418,8 @@ class Reporter:
         ask_all = False
         ledger: Any = None
         while True:
-            try:
-                self.device = await asyncio.to_thread(self.device_bytes)
-            except RuntimeError as e:  # a dead CUDA context; the replica's health check ends the process
-                log.warning("the GPU does not tell its memory: %s", e)
-            self.metrics.tell(self.engine.capacity(), getattr(self.engine, "events", {}), self.device)
+            device = getattr(self.engine, "device", None)
+            self.metrics.tell(self.engine.capacity(), getattr(self.engine, "events", {}), device)
             try:
                 ledger = ledger or find(self.ledger)
                 orders: Orders = await ledger.report.remote(self.report(all_residents=ask_all))

@@ -7,12 +7,11 @@ The matcher runs on the engine's thread, for every token of every row of a step:
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 from actors.engine.protocol import Engine, Request
@@ -104,40 +103,54 @@ class TurnMatcher:
         self._limit = self.taken + stage.max_tokens
 
 
-async def speak(
-    engine: Engine,
-    request: Request,
-    turn: Turn,
-    tokenizer: Any,
-    wait: Callable[[Future[Generation]], Awaitable[Generation]] = asyncio.wrap_future,
-) -> Generation:
+def speak(engine: Engine, request: Request, turn: Turn, tokenizer: Any) -> Future[Generation]:
     """Let the model speak for a turn. A label that is written in its place is computed like a prompt: the engine gets
-    what was said so far and the label as the context of a further request.
+    what was said so far and the label as the context of a further request, before its next step.
 
     Args:
         request: without a matcher; its `max_tokens` are the turn's.
-        wait: awaits the engine's future.
+
+    Returns:
+        As `Engine.submit`.
     """
-    matcher = TurnMatcher(turn, tokenizer)
-    request = replace(request, matcher=matcher)
-    before = await wait(engine.submit(request))
-    # An engine that gives its matcher runs of tokens may have gone beyond the cue: then nothing is written.
-    while matcher.reason == "label" and matcher.taken == len(before.token_ids) - before.usage.forced:
-        label = codec_of(tokenizer).encode(matcher.label())
-        said = (*before.token_ids, *label)
-        left = turn.max_tokens - matcher.taken
-        more = replace(request, token_ids=(*request.token_ids, *said), max_tokens=left)
-        after = await wait(engine.submit(more))
-        usage = replace(
-            before.usage.plus(after.usage),
-            prompt_tokens=before.usage.prompt_tokens,
-            reused=before.usage.reused,
-            forced=before.usage.forced + len(label),
-        )
-        before = replace(
-            after, token_ids=said + after.token_ids, usage=usage, logprobs=before.logprobs + after.logprobs
-        )
-    return replace(before, finish_reason="stage") if matcher.reason == "stage" else before
+    matcher, spoken = TurnMatcher(turn, tokenizer), Future[Generation]()
+
+    def submit(request: Request, before: Generation | None = None, label: Sequence[int] = ()) -> None:
+        running = engine.submit(request)
+        spoken.add_done_callback(lambda spoken: running.cancel() if spoken.cancelled() else None)
+        running.add_done_callback(partial(ended, before, label))
+
+    def ended(before: Generation | None, label: Sequence[int], running: Future[Generation]) -> None:
+        try:
+            said = running.result() if before is None else _joined(before, label, running.result())
+            # An engine that gives its matcher runs of tokens may have gone beyond the cue: then nothing is written.
+            if matcher.reason == "label" and matcher.taken == len(said.token_ids) - said.usage.forced:
+                label = codec_of(tokenizer).encode(matcher.label())
+                context = (*request.token_ids, *said.token_ids, *label)
+                left = turn.max_tokens - matcher.taken
+                submit(replace(request, token_ids=context, max_tokens=left, matcher=matcher), said, label)
+                return
+        except BaseException as e:  # also that it was cancelled
+            if spoken.set_running_or_notify_cancel():
+                spoken.set_exception(e)
+            return
+        if spoken.set_running_or_notify_cancel():
+            spoken.set_result(replace(said, finish_reason="stage") if matcher.reason == "stage" else said)
+
+    submit(replace(request, matcher=matcher))
+    return spoken
+
+
+def _joined(before: Generation, label: Sequence[int], after: Generation) -> Generation:
+    """What was said, the label that was written behind it, and what was said then, as one."""
+    usage = replace(
+        before.usage.plus(after.usage),
+        prompt_tokens=before.usage.prompt_tokens,
+        reused=before.usage.reused,
+        forced=before.usage.forced + len(label),
+    )
+    token_ids = (*before.token_ids, *label, *after.token_ids)
+    return replace(after, token_ids=token_ids, usage=usage, logprobs=before.logprobs + after.logprobs)
 
 
 @lru_cache(maxsize=256)

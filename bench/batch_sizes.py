@@ -463,7 +463,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     engine = over_model(model, pages=pages, page_tokens=page_tokens, max_model_len=max_model_len)
     pool_bytes = pages * page_tokens * engine.capacity().kv_bytes_token
     del model
-    settle_garbage()  # as a replica does
+    settle_garbage()  # as an engine's process does
     workload = {key: value for key, value in vars(args).items() if key not in ("out", "device")}
     workload |= {"pages": pages, "pool_bytes": pool_bytes, "max_batch": MAX_BATCH[torch.device(args.device).type]}
     rows: list[dict[str, Any]] = []

@@ -135,10 +135,11 @@ class Bench:
         found = list_actors(address=self.cluster.jobs, filters=[("state", "=", "ALIVE")], detail=True, limit=1000)
         return [actor for actor in found if needle in actor.class_name and psutil.pid_exists(actor.pid)]
 
-    def kill(self, needle: str) -> None:
-        """kill -9 of one such actor."""
+    def kill(self, needle: str, engine: bool = False) -> None:
+        """kill -9 of one such actor, or of the process of its engine."""
         [one, *_] = wait_for(lambda: self.actors(needle), 60)
-        os.kill(one.pid, signal.SIGKILL)
+        [child, *_] = psutil.Process(one.pid).children() if engine else [one]
+        os.kill(child.pid, signal.SIGKILL)
 
     def add_node(self, name: str) -> None:
         """A raylet for replicas."""
@@ -272,10 +273,10 @@ def steps_resumed(bench: Bench) -> Outcome:
     return found
 
 
-def _actor(bench: Bench, needle: str) -> Outcome:
+def _actor(bench: Bench, needle: str, engine: bool = False) -> Outcome:
     job = bench.start()
     job.until_calls(STEPS * bench.rows // 3)
-    bench.kill(needle)
+    bench.kill(needle, engine)
     since, calls = time.monotonic(), len(bench.calls())
     recover_s = bench.recovered(since, calls)
     return Outcome([job.end()], recover_s)
@@ -291,6 +292,12 @@ def agent(bench: Bench) -> Outcome:
 def replica(bench: Bench) -> Outcome:
     """kill -9 of a replica."""
     return _actor(bench, "ServeReplica:berth")
+
+
+@fault(fast=False)
+def engine(bench: Bench) -> Outcome:
+    """kill -9 of an engine's process; the replica ends with it."""
+    return _actor(bench, "ServeReplica:berth", engine=True)
 
 
 @fault(fast=True)

@@ -21,7 +21,6 @@ by any thread), waiting for the device (`waited_ms`).
 from __future__ import annotations
 
 import argparse
-import asyncio
 import gc
 import json
 import math
@@ -43,15 +42,14 @@ from zlib import crc32
 import ray
 from ray import serve
 
-from actors.engine import Capacity, EngineSpec, Matcher, Request
+from actors.engine import EngineSpec, Matcher, Request
 from actors.engine import build as build_engine
 from actors.engine.loader import load_tokenizer, resolve
 from actors.engine.runner import Drawn
 from actors.messages import Generation
-from actors.replica import Replica
 from bench.common import SHAPES, default_device, device_info, print_table, replicas_of, workload_of, write_json
 from bench.react_replay import QUESTION_TOKENS, STEPS, Trace, closed_loops
-from bench.replica import FIRST_TOKEN, model_folder
+from bench.replica import FIRST_TOKEN, Probed, model_folder
 from bench.scripted import made_up_text
 from pipeline import pools, rollout
 from pipeline import run as pipeline_run
@@ -107,15 +105,8 @@ class Replaying:
         self.steps = watch(self.engine)
         self._answered: dict[str, float] = {}
 
-    @property
-    def events(self) -> Any:
-        """See the paged engine."""
-        return self.engine.events
-
-    @property
-    def dead(self) -> Any:
-        """See the paged engine."""
-        return self.engine.dead
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
 
     def submit(self, request: Request) -> Future[Generation]:
         """Compute as many tokens as the recorded answer has until its turn ends, and give these."""
@@ -152,21 +143,36 @@ class Replaying:
         self._answered.pop(sequence_id, None)
         self.engine.end(sequence_id)
 
-    def capacity(self) -> Capacity:
-        """See `Engine`."""
-        return self.engine.capacity()
+    def seen(self) -> dict[str, Any]:
+        """Calls that ended, and CPU seconds of this process and its Python threads by name."""
+        clocks = {one.name: time.pthread_getcpuclockid(one.ident) for one in threading.enumerate() if one.ident}
+        threads = {name: time.clock_gettime(clock) for name, clock in clocks.items()}
+        seen = {"ended": self.ended, "steps": list(self.steps), "between": list(self.between)}
+        return seen | {"process": time.process_time(), "threads": threads}
 
-    def step_s(self) -> float:
-        """See `Engine`."""
-        return self.engine.step_s()
+    def alone(self, at_once: int, seconds: float, vocabulary: int) -> dict[str, Any]:
+        """Put the job's calls to the engine again; which ended when, and their tokens; the engine's steps."""
+        traces: list[Trace] = []
+        left: dict[str, deque[int]] = {}
+        for name, (context, made) in self.contexts.items():
+            other = [(token + vocabulary // 2) % vocabulary for token in context]
+            starts = [0, *(length for length, _ in made)]
+            steps = [other[a:b] for a, b in pairwise(starts)]
+            traces.append(Trace(f"again {name}", steps[0], steps[1:]))
+            left[f"again {name}"] = deque(count for _, count in made)
+        self.steps.clear()
+        ended: list[tuple[float, int]] = []
+        begun, full_s = set[str](), [math.inf]
 
-    def shrink(self, max_batch: int) -> None:
-        """See `Engine`."""
-        self.engine.shrink(max_batch)
+        def make(context: list[int], name: str) -> Request:
+            begun.add(name)
+            if len(begun) == len(traces):  # from here on fewer and fewer are under way
+                full_s[0] = min(full_s[0], time.monotonic())
+            return Request(context, name, left[name].popleft())
 
-    def close(self) -> None:
-        """See `Engine`."""
-        self.engine.close()
+        for answer in closed_loops(self.engine, traces, at_once, make, time.monotonic() + seconds):
+            ended.append((time.monotonic(), len(answer.token_ids)))
+        return {"ended": ended, "steps": self.steps, "between": [], "full_s": full_s[0]}
 
 
 def watch(engine: Any) -> list[Step]:
@@ -255,46 +261,6 @@ class Instead:
 def build(spec: EngineSpec) -> Replaying:
     """The engine of the run's config."""
     return Replaying(spec)
-
-
-class Probed(Replica):
-    """The replica of a run, which tells what its engine did and does it again without Serve."""
-
-    engine: Any
-
-    async def seen(self) -> dict[str, Any]:
-        """Calls that ended, and CPU seconds of this process and its Python threads by name."""
-        clocks = {one.name: time.pthread_getcpuclockid(one.ident) for one in threading.enumerate() if one.ident}
-        threads = {name: time.clock_gettime(clock) for name, clock in clocks.items()}
-        seen = {"ended": self.engine.ended, "steps": list(self.engine.steps), "between": list(self.engine.between)}
-        return seen | {"process": time.process_time(), "threads": threads}
-
-    async def alone(self, at_once: int, seconds: float, vocabulary: int) -> dict[str, Any]:
-        """Put the job's calls to the engine; which ended when, and their tokens; the engine's steps."""
-        return await asyncio.to_thread(self._alone, at_once, seconds, vocabulary)
-
-    def _alone(self, at_once: int, seconds: float, vocabulary: int) -> dict[str, Any]:
-        traces: list[Trace] = []
-        left: dict[str, deque[int]] = {}
-        for name, (context, made) in self.engine.contexts.items():
-            other = [(token + vocabulary // 2) % vocabulary for token in context]
-            starts = [0, *(length for length, _ in made)]
-            steps = [other[a:b] for a, b in pairwise(starts)]
-            traces.append(Trace(f"again {name}", steps[0], steps[1:]))
-            left[f"again {name}"] = deque(count for _, count in made)
-        self.engine.steps.clear()
-        ended: list[tuple[float, int]] = []
-        begun, full_s = set[str](), [math.inf]
-
-        def make(context: list[int], name: str) -> Request:
-            begun.add(name)
-            if len(begun) == len(traces):  # from here on fewer and fewer are under way
-                full_s[0] = min(full_s[0], time.monotonic())
-            return Request(context, name, left[name].popleft())
-
-        for answer in closed_loops(self.engine.engine, traces, at_once, make, time.monotonic() + seconds):
-            ended.append((time.monotonic(), len(answer.token_ids)))
-        return {"ended": ended, "steps": self.engine.steps, "between": [], "full_s": full_s[0]}
 
 
 def row(way: str, seen: dict[str, Any], ramp: float, seconds: float) -> dict[str, Any]:
@@ -399,18 +365,20 @@ def run(args: argparse.Namespace, prepared: Any, tell: Callable[[list[dict[str, 
     leases = rollout.start_ledger(app, served)
     handle: Any = serve.get_deployment_handle(served.pools[0].name, app)
     print(f"replica up after {time.perf_counter() - begin:.0f} s, {served.numerics.kernel}", flush=True)
-    before: dict[str, Any] = handle.seen.remote().result()
-    begun = lambda: handle.seen.remote().result()["ended"]  # noqa: E731
+    before: dict[str, Any] = handle.ask.remote("seen").result()
+    replica_s: float = handle.cpu_s.remote().result()
+    begun = lambda: handle.ask.remote("seen").result()["ended"]  # noqa: E731
     counts = run_job(prepared, served, app, leases, begun, args.seconds)
-    seen: dict[str, Any] = handle.seen.remote().result()
+    seen: dict[str, Any] = handle.ask.remote("seen").result()
     calls = len(seen["ended"])
     spent = {name: cpu_s - before["threads"].get(name, 0.0) for name, cpu_s in seen["threads"].items()}
     spent["process"] = seen["process"] - before["process"]
+    spent["replica"] = handle.cpu_s.remote().result() - replica_s
     found = row("job", seen, args.ramp, args.seconds)
     found |= {"rows": counts.finished, "failed": counts.failed}
     rows = [found | {"cpu_ms_call": {name: 1000 * cpu_s / calls for name, cpu_s in spent.items()}}]
     tell(rows)
-    alone = handle.alone.remote(args.at_once, args.seconds, SHAPES[args.shape]["vocab_size"]).result()
+    alone = handle.ask.remote("alone", args.at_once, args.seconds, SHAPES[args.shape]["vocab_size"]).result()
     tell([*rows, row("engine", alone, args.ramp, args.seconds)])
 
 
@@ -453,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         device = device_info(args.device)
         document.update(write_json(args.out, "job", device=device, workload=workload, results=rows, summary=summary))
         plain = [{name: value for name, value in row.items() if name != "cpu_ms_call"} for row in rows]
-        print("CPU of the replica by thread, ms a call:", rows[0]["cpu_ms_call"])
+        print("CPU of the engine's process by thread, and of the replica's, ms a call:", rows[0]["cpu_ms_call"])
         print_table(f"The whole job and its engine alone, {args.shape}; cost {cost}", plain)
 
     with tempfile.TemporaryDirectory(prefix="berth-job-") as folder:

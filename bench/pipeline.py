@@ -54,6 +54,7 @@ def title(process: psutil.Process) -> str:
     for mark in (
         "Agents",
         "ServeReplica",
+        "actors.process",
         "Journal",
         "Ledger",
         "ServeController",

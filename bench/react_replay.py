@@ -396,7 +396,7 @@ class Berth:
             speculation=args.speculation,
             budget_fraction=args.budget_fraction,
         )
-        settle_garbage()  # as a replica does
+        settle_garbage()  # as an engine's process does
         runner = runner_of(self.engine)
         if "ahead" in args.without:
             self.engine.scheduler.plan_behind = lambda under_way: []

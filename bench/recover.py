@@ -48,7 +48,12 @@ AGENT = {"max_steps": 3, "max_tokens": {"thought": 48, "action": 24, "answer": 2
 PRIOR = "prior: {steps: [4, 4, 4], tokens_per_step: [140, 160, 200]}\n"
 PAIR = {"single": {}, "sharded": {"tensor_parallel_size": 2}}
 ALONE = {"single": {"replicas": 1}}
-FAULTS = (("Rank", signal.SIGKILL), ("ServeReplica", signal.SIGKILL), ("Rank", signal.SIGSTOP))
+FAULTS = (
+    ("rank 1", "ray::Rank", signal.SIGKILL),
+    ("rank 0", "actors.process", signal.SIGKILL),
+    ("the replica", "ray::ServeReplica", signal.SIGKILL),
+    ("rank 1", "ray::Rank", signal.SIGSTOP),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,10 +386,10 @@ def lost(bench: Bench) -> Found:
             before = len(finished_rows(out))
             bench.until(job, lambda: len(finished_rows(out)) >= before + rows)
 
-        for victim, how in FAULTS:
+        for victim, title, how in FAULTS:
             more(3)
-            gang = job.children("ray::Rank") + job.children("ray::ServeReplica")
-            [target, *_] = [process for process in gang if victim in " ".join(process.cmdline())]
+            gang = [one for kind in ("ray::Rank", "ray::ServeReplica", "actors.process") for one in job.children(kind)]
+            [target, *_] = [process for process in gang if title in " ".join(process.cmdline())]
             nvls = target.environ().get("NCCL_NVLS_ENABLE")
             found.expect(nvls == os.environ.get("NCCL_NVLS_ENABLE"), f"a rank had NCCL_NVLS_ENABLE={nvls}")
             target.send_signal(how)
@@ -394,7 +399,7 @@ def lost(bench: Bench) -> Found:
             more(4)
             faults.append(
                 {
-                    "victim": "rank 1" if victim == "Rank" else "rank 0, the replica",
+                    "victim": victim,
                     "signal": how.name,
                     "gang_gone_s": gone_s,
                     "rows_again_s": time.monotonic() - since,

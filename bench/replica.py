@@ -2,17 +2,15 @@
 
 One replica, deployed with the pipeline's own options, does the same work in three ways, in turn, `--repeats` times:
 
-    engine    256 closed loops in the replica's process put requests to its engine; the length ends a call
+    engine    256 closed loops in the engine's process put requests to it; the length ends a call
     matcher   the same, and each call has the matcher of a ReAct turn, which looks at every token and ends it
     serve     clients in as many processes as a run has agents: each call asks the ledger for its home, is routed
               there, pickled, matched, answered; ended trajectories are freed in batches
 
-`serve:0.5` is `serve` with another switch interval of the replica's interpreter, in ms (Python's own is 5), for which
-the engine's thread may wait for the event loop's. So all have the same model, kernels, graphs and pages, and what the
-second adds is the matcher, what the third adds to that is Serve. The work is that of `react_replay`: forced lengths,
-greedy, random weights and tokens; the same lengths in all ways, other tokens, so that nothing is found in the cache of
-another. `steady_tok_s` counts only while all slots are taken: from the end of the first `--at-once` calls until the
-last trajectory has begun.
+So all have the same model, kernels, graphs and pages, and what the second adds is the matcher, what the third adds to
+that is Serve. The work is that of `react_replay`: forced lengths, greedy, random weights and tokens; the same lengths
+in all ways, other tokens, so that nothing is found in the cache of another. `steady_tok_s` counts only while all slots
+are taken: from the end of the first `--at-once` calls until the last trajectory has begun.
 
 The model is written once into the cache folder ($BERTH_CACHE), with a tokenizer of made-up words.
 
@@ -30,12 +28,11 @@ import math
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +43,8 @@ from ray import serve
 from actors import ledger
 from actors.actions import LINE_END, MARKER, STOPS
 from actors.engine import assemble
-from actors.engine.loader import cache_folder
-from actors.engine.protocol import Request
+from actors.engine.loader import cache_folder, load_tokenizer, resolve
+from actors.engine.protocol import EngineSpec, Request
 from actors.messages import FORECAST_LEVELS, Call, Forecast, Sampling, Stage, Turn
 from actors.replica import Replica
 from actors.stopping import TurnMatcher
@@ -106,35 +103,44 @@ def shifted(traces: Sequence[Trace], by: int, vocabulary: int) -> list[Trace]:
     return [Trace(f"{by}:{trace.id}", shift(trace.prompt), [shift(step) for step in trace.steps]) for trace in traces]
 
 
-class Measured(Replica):
-    """The replica of a run, which can also be given work without a call of its own for each request."""
+class Probed(Replica):
+    """The replica of a run, whose engine has more methods than a run asks for."""
 
-    def __init__(self, *args: Any):
+    async def ask(self, name: str, *arguments: Any) -> Any:
+        """What the engine's method returns."""
+        return await self.engine.ask(name, *arguments)
+
+    async def cpu_s(self) -> float:
+        """CPU seconds of this process, which is not the engine's."""
+        return time.process_time()
+
+
+class Measured:
+    """The paged engine, which can also be given work in its own process."""
+
+    def __init__(self, spec: EngineSpec):
         self.start: list[str] = []
         log, handler = logging.getLogger(assemble.__name__), logging.Handler()
         handler.emit = lambda record: self.start.append(record.getMessage())
         log.addHandler(handler)
         log.setLevel(logging.INFO)
-        super().__init__(*args)
+        self.tokenizer: Any = load_tokenizer(resolve(spec.model, spec.revision).folder)
+        self.engine = assemble.build(replace(spec, engine="paged"))
         self.engine.submit(Request([FIRST_TOKEN], "first", 1)).result()
         self.engine.end("first")
         self.start.append(f"first token: the process is {assemble.process_age_s():.1f} s old")
         self.clock = Clock(runner_of(self.engine))  # pyright: ignore[reportArgumentType]
-        self.cpu_s, self.loop_cpu_s = time.process_time(), 0.0
+        self.cpu_s = time.process_time()
 
-    async def switch(self, seconds: float) -> None:
-        """How long a thread of this process may keep the interpreter from others that want it."""
-        sys.setswitchinterval(seconds)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
 
-    async def told(self) -> list[str]:
+    def told(self) -> list[str]:
         """What the engine said of its start."""
         return self.start
 
-    async def direct(self, traces: Sequence[Trace], at_once: int, generate: int, matched: bool, seconds: float) -> Done:
-        """All trajectories straight on the engine, in a thread of this process; none is begun after `seconds`."""
-        return await asyncio.to_thread(self._direct, traces, at_once, generate, matched, seconds)
-
-    def _direct(self, traces: Sequence[Trace], at_once: int, generate: int, matched: bool, seconds: float) -> Done:
+    def direct(self, traces: Sequence[Trace], at_once: int, generate: int, matched: bool, seconds: float) -> Done:
+        """All trajectories straight on the engine; none is begun after `seconds`."""
         turn, begun, ended = turn_of(generate), dict[str, float](), list[float]()
 
         def make(context: list[int], id: str) -> Request:
@@ -148,22 +154,24 @@ class Measured(Replica):
             ended.append(time.monotonic())
         return Done(min(begun.values()), max(begun.values()), tuple(ended))
 
-    async def counts(self) -> dict[str, float]:
-        """Of the engine's steps and this process, since the last time; `loop` is the event loop's thread, which wants
-        the interpreter as the engine's does."""
+    def counts(self) -> dict[str, float]:
+        """Of the engine's steps and its process, since the last time."""
         steps = self.clock.step_s
         before, self.cpu_s = self.cpu_s, time.process_time()
-        loop_before, self.loop_cpu_s = self.loop_cpu_s, time.thread_time()
         found = {
             "prefill_s": sum(steps["prefill"]),
             "decode_s": sum(steps["decode"]),
             "decode_steps": len(steps["decode"]),
             "between_s": sum(self.clock.gap_s.values()),
-            "replica_cpu_s": self.cpu_s - before,
-            "loop_cpu_s": self.loop_cpu_s - loop_before,
+            "engine_cpu_s": self.cpu_s - before,
         }
         self.clock.reset()
         return found
+
+
+def build(spec: EngineSpec) -> Measured:
+    """The engine of the run's config."""
+    return Measured(spec)
 
 
 class Clients(Caller):
@@ -271,15 +279,13 @@ def run(args: argparse.Namespace, config: RunConfig, tell: Callable[[list[dict[s
     clients = [actor.options(num_cpus=0).remote(app, pool, leases) for _ in range(count)]
     up_s = time.perf_counter() - begin
     print(f"replica up after {up_s:.0f} s, {served.numerics.kernel}; {count} clients", flush=True)
-    start: list[str] = handle.told.remote().result()
+    start: list[str] = handle.ask.remote("told").result()
     print(*start, sep="\n", flush=True)
 
     def replay(way: str, traces: Sequence[Trace]) -> list[Done]:
-        way, _, switch_ms = way.partition(":")
-        handle.switch.remote(float(switch_ms or 5) / 1000).result()
         if way != "serve":
             matched = way == "matcher"
-            return [handle.direct.remote(traces, args.at_once, args.generate, matched, args.seconds).result()]
+            return [handle.ask.remote("direct", traces, args.at_once, args.generate, matched, args.seconds).result()]
         slots = [len(range(k, args.at_once, count)) for k in range(count)]
         return ray.get(
             [
@@ -296,10 +302,10 @@ def run(args: argparse.Namespace, config: RunConfig, tell: Callable[[list[dict[s
             traces = make_traces(args.trajectories, args.seed + repeat, prefix=args.prefix, vocabulary=vocabulary)
         for at, way in enumerate(args.ways):
             work = shifted(traces, 1 + at, vocabulary)
-            handle.counts.remote().result()
+            handle.ask.remote("counts").result()
             done = replay(way, work)
             if repeat >= 0:
-                rows.append(row(way, repeat, done, args.generate, args.at_once) | handle.counts.remote().result())
+                rows.append(row(way, repeat, done, args.generate, args.at_once) | handle.ask.remote("counts").result())
                 print({key: round(value, 2) if isinstance(value, float) else value for key, value in rows[-1].items()})
                 tell(rows, start)
 
@@ -333,7 +339,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--shape", choices=list(SHAPES), default="1.7b")
     add("--trajectories", type=int, help="default: half more than --at-once")
     add("--at-once", type=int, help="trajectories in flight, and rows decoded together (default: 256, on a CPU 16)")
-    add("--ways", type=lambda text: text.split(","), default=WAYS, help="of engine, matcher, serve, and serve:MS")
+    add("--ways", type=lambda text: text.split(","), default=WAYS, help="of engine, matcher, serve")
     add("--seconds", type=float, default=math.inf, help="no trajectory is begun later in a way")
     add("--repeats", type=int, default=2, help="each with a seed of its own: --seed and up")
     add("--seed", type=int, default=0)
@@ -362,6 +368,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "out": f"replica-{os.getpid()}",
             "model": {"id": str(model), "max_model_len": -(-longest // 256) * 256},
             "memory": {"max_batch": args.at_once},
+            "engine": "bench.replica:build",
             "speculation": "off",
         }
     )
@@ -380,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             )
         )
 
-    with replicas_of(Measured):
+    with replicas_of(Probed):
         run(args, config, tell)
     print_table(f"A replica's engine and Serve, {args.shape}, {args.at_once} calls at once", document["results"])
     print_table("Against the bare engine", [{"way": way, **found} for way, found in document["summary"].items()])

@@ -44,7 +44,7 @@ async def roll(prepared: Prepared, engine: Engine, task: Task, threads: ToolThre
 
     async def generate(token_ids: Any, turn: Turn) -> Generation:
         request = Request(tuple(token_ids), sequence_id, turn.max_tokens, drawn, stops)
-        return await speak(engine, request, turn, tokenizer)
+        return await asyncio.wrap_future(speak(engine, request, turn, tokenizer))
 
     limits = limits_of(config, prepared.suite, prepared.model_len)
     toolbox = Toolbox(prepared.tools, task, codec_of(tokenizer).cut, threads)

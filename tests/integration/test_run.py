@@ -64,7 +64,7 @@ def test_a_run_completes_and_its_repetition_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     "victim",
-    ["driver", pytest.param("agent", marks=pytest.mark.slow), pytest.param("replica", marks=pytest.mark.slow)],
+    ["driver", *(pytest.param(victim, marks=pytest.mark.slow) for victim in ("agent", "replica", "engine"))],
 )
 def test_kill_9_in_the_middle_loses_nothing_and_repeats_nothing(tmp_path, victim):
     suite, out, calls = write_suite(tmp_path / "suite", 120), tmp_path / "out", tmp_path / "calls"
@@ -76,7 +76,7 @@ def test_kill_9_in_the_middle_loses_nothing_and_repeats_nothing(tmp_path, victim
         if victim == "driver":
             process.kill()
         else:
-            title = {"agent": "MapWorker", "replica": "ServeReplica"}[victim]
+            title = {"agent": "MapWorker", "replica": "ServeReplica", "engine": "actors.process"}[victim]
             [target, *_] = wait_for(lambda: children(process.pid, title))
             target.kill()
         output = process.communicate(timeout=560)[0].decode()

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 
 from bench.clusters import children, wait_for
@@ -53,10 +54,12 @@ def test_a_sharded_run_gives_the_rows_of_one_process(tmp_path, model):
 @pytest.mark.parametrize(
     ("victim", "how"),
     [
-        ("Rank", signal.SIGKILL),
-        ("ServeReplica", signal.SIGKILL),
-        ("Rank", signal.SIGSTOP),
-        ("ServeReplica", signal.SIGSTOP),
+        ("ray::Rank", signal.SIGKILL),
+        ("ray::ServeReplica", signal.SIGKILL),
+        ("actors.process", signal.SIGKILL),
+        ("ray::Rank", signal.SIGSTOP),
+        ("ray::ServeReplica", signal.SIGSTOP),
+        ("actors.process", signal.SIGSTOP),
     ],
 )
 def test_a_lost_rank_rebuilds_the_gang_and_loses_no_row(tmp_path, model, victim, how):
@@ -64,11 +67,12 @@ def test_a_lost_rank_rebuilds_the_gang_and_loses_no_row(tmp_path, model, victim,
     argv = [*sharded(out, model, rows), "--set", "memory.max_batch=4"]
     with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         wait_for(lambda: len(finished_rows(out)) > 4)
-        [target, *_] = children(process.pid, f"ray::{victim}")
-        other = {p.pid for p in children(process.pid, "ray::Rank") + children(process.pid, "ray::ServeReplica")}
+        [target, *_] = children(process.pid, victim)
+        titles = ("ray::Rank", "ray::ServeReplica", "actors.process")
+        gang = [one for title in titles for one in children(process.pid, title)]
         target.send_signal(how)
         killed, before = time.monotonic(), len(finished_rows(out))
-        wait_for(lambda: not other & {p.pid for p in children(process.pid, "ray::")}, 300)
+        assert not psutil.wait_procs(gang, 300)[1]
         gone_s = time.monotonic() - killed
         wait_for(lambda: len(finished_rows(out)) > before + 4)
         print(

@@ -12,6 +12,7 @@ from array import array
 from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -906,17 +907,21 @@ def test_a_replica_whose_engine_is_at_one_step_for_too_long_ends_its_process(mon
     monkeypatch.setattr(replica.os, "_exit", ended.append)
     mine = replica.Replica.__new__(replica.Replica)  # its own start wants Serve
     mine.step_limit_s = 0.05
-    with engine() as (mine.engine, runner):
-        answer(mine.engine, "a", [1, 2, 3])
-        settled(lambda: mine.engine.step_s() == 0.0)
+    with engine() as (paged, runner):
+        silent = [0.0]
+        mine.engine = SimpleNamespace(step_s=paged.step_s, silent_s=lambda: silent[0])
+        answer(paged, "a", [1, 2, 3])
+        settled(lambda: paged.step_s() == 0.0)
+        asyncio.run(mine.check_health())
         runner.gate.clear()
-        future = mine.engine.submit(request("a", [1, 2, 3]))
-        settled(lambda: mine.engine.step_s() > 0.05)
-        assert replica.broken(mine.engine, 60.0) is None
+        future = paged.submit(request("a", [1, 2, 3]))
+        settled(lambda: paged.step_s() > 0.05)
+        assert ended == []
         asyncio.run(mine.check_health())
         assert ended == [1]
         runner.gate.set()
         future.result(TIMEOUT_S)
-        settled(lambda: replica.broken(mine.engine, 0.0) is None)
+        settled(lambda: paged.step_s() == 0.0)
+        silent[0] = 61.0
         asyncio.run(mine.check_health())
-        assert ended == [1]
+        assert ended == [1, 1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -138,7 +137,7 @@ class Says:
 def spoken(tokenizer: Any, texts: list[str], run: int = 1) -> tuple[str, Generation, list[Request]]:
     engine: Any = Says(tokenizer, texts, run)
     request = Request((7,) * 20, "a", FORCED.max_tokens)
-    generation = asyncio.run(speak(engine, request, FORCED, tokenizer))
+    generation = speak(engine, request, FORCED, tokenizer).result(0)
     return codec_of(tokenizer).decode(generation.token_ids), generation, engine.asked
 
 
