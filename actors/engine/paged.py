@@ -371,16 +371,18 @@ class PagedEngine:
         now_s = self._clock()
         started_s, self._finished_s = max(flight.started_s, self._finished_s), now_s
         token_s = (now_s - started_s) / max(1, sum(part.tokens for part in live))
-        results = iter(drawn)
+        results, rows = iter(drawn), len(flight.work)
         self.scheduler.commit(live)
         for part in flight.work:
             row, result = part.row, next(results)
-            further = list(islice(results, len(part.drafts)))
+            further = list(islice(results, len(part.drafts))) if part.drafts else ()
             if row not in running:
                 continue
-            row.gpu_s += token_s * part.tokens
-            row.batch_max = max(row.batch_max, len(flight.work))
-            if part.tokens > 1 or not row.peak_pages or (row.done - 1) % self._page_tokens == 0:  # has new pages
+            tokens = part.tokens
+            row.gpu_s += token_s * tokens
+            if row.batch_max < rows:
+                row.batch_max = rows
+            if tokens > 1 or not row.peak_pages or (row.done - 1) % self._page_tokens == 0:  # has new pages
                 row.peak_pages = max(row.peak_pages, self.scheduler.pages.share(row.sequence_id))
             if result is not None and self._deliver(row, *result, now_s) and further:
                 self._keep(part, further, now_s)
@@ -394,13 +396,10 @@ class PagedEngine:
         rows: list[RowStep] = []
         for part in work:
             row, request, end = part.row, part.row.request, part.start + part.count
-            table = self.scheduler.pages.table(row.sequence_id)
             ids = row.tokens[part.start : end] or [0]  # not known yet
-            rows.append(RowStep(ids, part.start, table, part.sample, request.sampling, request.logprobs))
-            rows += [
-                RowStep([token], at, table, True, request.sampling, request.logprobs)
-                for at, token in enumerate(part.drafts, end)
-            ]
+            rows.append(RowStep(ids, part.start, row.pages, part.sample, request.sampling, request.logprobs))
+            for at, token in enumerate(part.drafts, end):
+                rows.append(RowStep([token], at, row.pages, True, request.sampling, request.logprobs))
         return rows
 
     def _keep(self, part: Work, further: Iterable[tuple[int, float] | None], now_s: float) -> None:
@@ -434,12 +433,10 @@ class PagedEngine:
         reason: FinishReason
         if matched or token in request.stop_token_ids:
             reason = "stop"
-        elif row.generated >= request.max_tokens:
-            reason = "length"
-        elif len(row.tokens) >= self.scheduler.max_model_len:
-            reason = "context"
-        else:
+        elif len(row.tokens) < row.limit:
             return True
+        else:
+            reason = "length" if row.generated >= request.max_tokens else "context"
         self.scheduler.remove(row)
         answer = Generation(
             tuple(row.tokens[len(request.token_ids) :]), reason, self._usage(row, now_s), tuple(row.logprobs)

@@ -222,16 +222,13 @@ class PageAllocator:
         self._promise(new)
         return Admission(done + copied, copies, tuple(new.pages))
 
-    def extend(self, sequence_id: str, tokens: int) -> bool:
-        """Make room for `tokens` more behind what is committed; False, and nothing changed, where pages are short."""
-        sequence = self._running(sequence_id)
-        room = len(sequence.pages) * self.page_tokens - self._length(sequence)
-        if tokens <= room:
-            return True
-        needed = -((room - tokens) // self.page_tokens)
+    def extend(self, sequence_id: str, length: int) -> bool:
+        """Make room for a context of `length` tokens; False, and nothing changed, where pages are short."""
+        pages = self._running(sequence_id).pages
+        needed = -(-length // self.page_tokens) - len(pages)
         if needed > self.available:
             return False
-        sequence.pages += [self._take() for _ in range(needed)]
+        pages += [self._take() for _ in range(needed)]
         return True
 
     def commit(self, sequence_id: str, token_ids: Sequence[int]) -> None:
@@ -280,7 +277,7 @@ class PageAllocator:
         self._drop(sequence.nodes)
 
     def table(self, sequence_id: str) -> list[int]:
-        """The page table of a running sequence; read it again after each `extend` and `commit`."""
+        """The page table of a running sequence, which `extend` and `commit` change in place until it is paused."""
         return self._running(sequence_id).pages
 
     def length(self, sequence_id: str) -> int:

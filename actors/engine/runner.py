@@ -655,10 +655,11 @@ def _fill(
     host.cu_q_R1[0] = host.cu_k_R1[0] = 0
     np.cumsum(counts, out=host.cu_q_R1[1:])
     np.cumsum(host.lens_R, out=host.cu_k_R1[1:])
+    used = -(-(starts + counts) // page_tokens)
+    own = [span.pages[first:end] for span, first, end in zip(spans, left_out, used.tolist(), strict=True)]
     host.table_RP[:] = SCRATCH_PAGE
-    for r, span in enumerate(spans):
-        used = -(-(span.start + len(span.token_ids)) // page_tokens)
-        host.table_RP[r, : used - left_out[r]] = span.pages[left_out[r] : used]
+    places_RP = np.arange(host.table_RP.shape[1]) < (used - left_out)[:, None]
+    host.table_RP[places_RP] = np.fromiter(itertools.chain.from_iterable(own), np.int32)
     row_T = np.repeat(np.arange(len(spans)), counts)
     host.positions_T[:] = np.arange(len(host.ids_T)) - (host.cu_q_R1[:-1] - starts)[row_T]
     page_T, offset_T = np.divmod(host.positions_T - skipped[row_T], page_tokens)
@@ -693,7 +694,7 @@ def _runs(rows: Sequence[RowStep], page_tokens: int) -> tuple[list[int], list[tu
         if len(members) > 1:
             alike = list(rows[members[0]].pages[: min(rows[r].start for r in members) // page_tokens])
             for r in members:
-                while list(rows[r].pages[: len(alike)]) != alike:
+                while (pages := rows[r].pages[: len(alike)]) != alike and list(pages) != alike:
                     alike.pop()
             runs.append((len(members), alike))
             order += members

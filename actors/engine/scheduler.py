@@ -40,7 +40,10 @@ class Row:
     submitted_s: float
     tokens: list[int]
     age: int = 0  # of its sequence: smaller is older
+    limit: int = 0  # its context ends there: at `max_tokens`, or with the model
+    pages: list[int] = field(default_factory=list)  # its table, while it runs
     done: int = 0
+    recorded: int = 0  # of these, what the allocator knows of
     computed: int = 0  # the most that `done` ever was
     prefilled: int = 0
     reused: int | None = None
@@ -164,6 +167,7 @@ class Scheduler:
     def add(self, row: Row) -> None:
         """Queue a row."""
         row.age = self._ages.setdefault(row.sequence_id, next(self._next_age))
+        row.limit = min(len(row.request.token_ids) + row.request.max_tokens, self.max_model_len)
         insort_right(self.waiting, row, key=lambda row: row.age)
         self._refused = False
 
@@ -172,7 +176,7 @@ class Scheduler:
         self._refused = False
         if row in self.running:
             self.running.remove(row)
-            self.pages.pause(row.sequence_id)
+            self._pause(row)
         elif row in self.waiting:
             self.waiting.remove(row)
 
@@ -194,7 +198,7 @@ class Scheduler:
         ready = 0
         while ready < len(self.running):
             row = self.running[ready]
-            if row.left > 1 or self.pages.extend(row.sequence_id, 1):
+            if row.left > 1 or self._extend(row, row.done + 1):
                 ready += 1
             else:
                 self._preempt(self.running[-1])
@@ -222,10 +226,10 @@ class Scheduler:
                 todo.append(_rest(row))
             elif not part.sample:
                 todo.append(Work(row, row.done + part.count, row.left - part.count, True))
-            elif row.generated + 1 < row.request.max_tokens and len(row.tokens) + 1 < self.max_model_len:
+            elif len(row.tokens) + 1 < row.limit:
                 todo.append(Work(row, len(row.tokens), 1, True))
         for part in todo:
-            if not part.prefill and not self.pages.extend(part.row.sequence_id, part.start + 1 - part.row.done):
+            if not part.prefill and not self._extend(part.row, part.start + 1):
                 return []
         if not self._refused:
             todo = self._admit(todo)
@@ -254,13 +258,9 @@ class Scheduler:
         work: list[Work] = []
         for i, part in enumerate(decode):
             row = part.row
-            most = min(
-                room // (len(decode) - i),
-                row.request.max_tokens - row.generated - 1,
-                self.max_model_len - len(row.tokens) - 1,
-            )
+            most = min(room // (len(decode) - i), row.limit - len(row.tokens) - 1)
             drafts = row.lookup.draft(row.tokens, most) if most > 0 else []
-            if drafts and not self.pages.extend(row.sequence_id, 1 + len(drafts)):
+            if drafts and not self._extend(row, row.done + 1 + len(drafts)):
                 drafts = []
             room -= len(drafts)
             work.append(replace(part, drafts=tuple(drafts)))
@@ -279,11 +279,29 @@ class Scheduler:
         """The step's KV is written. Call it before drawn tokens are appended to the rows."""
         for part in work:
             row, end = part.row, part.start + part.count
-            self._prefilled_last = part.prefill
-            self.pages.commit(row.sequence_id, row.tokens[row.done : end])
-            # Prompt tokens, and generated ones that are computed again.
-            row.prefilled += max(0, min(end, max(len(row.request.token_ids), row.computed)) - row.done)
+            self._prefilled_last = prefill = part.prefill
+            if prefill or end <= row.computed or end <= len(row.request.token_ids):
+                # Prompt tokens, and generated ones that are computed again.
+                row.prefilled += max(0, min(end, max(len(row.request.token_ids), row.computed)) - row.done)
             row.done, row.computed = end, max(end, row.computed)
+            if prefill or not end % self.pages.page_tokens:
+                self._record(row)
+
+    def _record(self, row: Row) -> None:
+        """Tell the allocator what of the row has KV; of generated tokens it need not know before a page is full."""
+        if row.done > row.recorded:
+            self.pages.commit(row.sequence_id, row.tokens[row.recorded : row.done])
+            row.recorded = row.done
+
+    def _extend(self, row: Row, length: int) -> bool:
+        """Room for so many tokens of the row; False where pages are short."""
+        room = len(row.pages) * self.pages.page_tokens
+        return length <= room or self.pages.extend(row.sequence_id, length)
+
+    def _pause(self, row: Row) -> None:
+        self._record(row)
+        self.pages.pause(row.sequence_id)
+        row.pages = []
 
     def replace_pool(self, pages: PageAllocator) -> None:
         """All KV is lost: every running row is preempted and starts again in the new pool."""
@@ -295,7 +313,7 @@ class Scheduler:
     def _preempt(self, row: Row) -> None:
         self._refused = False
         self.running.remove(row)
-        self.pages.pause(row.sequence_id)
+        self._pause(row)
         self.preemptions += 1
         row.preemptions += 1
         insort_left(self.waiting, row, key=lambda row: row.age)
@@ -339,7 +357,8 @@ class Scheduler:
             insort_right(self.running, row, key=lambda row: row.age)
             active.add(row.sequence_id)
             admitted.append(row)
-            row.done = admission.reused_tokens
+            row.pages = self.pages.table(row.sequence_id)
+            row.done = row.recorded = admission.reused_tokens
             row.reused = row.done if row.reused is None else row.reused
             self.copies += admission.copies
         if not admitted:

@@ -45,11 +45,11 @@ def test_refusal_changes_nothing():
 def test_extend_is_all_or_nothing():
     pages = PageAllocator(4, 4)
     run(pages, "a", [1, 2, 3])
-    assert pages.extend("a", 1)
+    assert pages.extend("a", 4)
     assert len(pages.table("a")) == 1
-    assert not pages.extend("a", 100)
+    assert not pages.extend("a", 103)
     assert len(pages.table("a")) == 1
-    assert pages.extend("a", 9)
+    assert pages.extend("a", 12)
     assert len(pages.table("a")) == 3
 
 

@@ -84,7 +84,7 @@ class Pages(RuleBasedStateMachine):
     def make_room(self, name, length):
         """What an engine does: preempt the youngest until there is room, or it is its own turn."""
         evictions = self.pages.stats.evictions
-        while name in self.done and not self.pages.extend(name, length):
+        while name in self.done and not self.pages.extend(name, self.done[name] + length):
             assert len(self.done) > 1 or self.done[name] + length > self.pages.capacity_tokens
             self.stop(list(self.done)[-1])
         if self.pages.stats.evictions != evictions:
@@ -168,7 +168,7 @@ class Pages(RuleBasedStateMachine):
         name = self.one(i)
         available, length = self.pages.available, len(self.pages.table(name))
         evictions = self.pages.stats.evictions
-        if self.pages.extend(name, tokens):
+        if self.pages.extend(name, self.done[name] + tokens):
             assert len(self.pages.table(name)) * self.size >= self.done[name] + tokens
         else:
             assert -(-(self.done[name] + tokens) // self.size) - length > available
