@@ -8,10 +8,10 @@ The matcher runs on the engine's thread, for every token of every row of a step:
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Literal
 
 from actors.engine.protocol import Engine, Request
@@ -118,32 +118,56 @@ def speak(engine: Engine, request: Request, turn: Turn, tokenizer: Any) -> Futur
     Returns:
         As `Engine.submit`.
     """
-    matcher, spoken = TurnMatcher(turn, tokenizer), Future[Generation]()
+    matcher = TurnMatcher(turn, tokenizer)
+    return _Spoken(engine, replace(request, matcher=matcher), turn, matcher, codec_of(tokenizer).encode)
 
-    def submit(request: Request, before: Generation | None = None, label: Sequence[int] = ()) -> None:
-        running = engine.submit(request)
-        spoken.add_done_callback(lambda spoken: running.cancel() if spoken.cancelled() else None)
-        running.add_done_callback(partial(ended, before, label))
 
-    def ended(before: Generation | None, label: Sequence[int], running: Future[Generation]) -> None:
+class _Spoken(Future[Generation]):
+    """What is said in a turn. Once it is there it holds nothing that holds it: no work for the garbage collector."""
+
+    def __init__(
+        self, engine: Engine, request: Request, turn: Turn, matcher: TurnMatcher, encode: Callable[[str], list[int]]
+    ):
+        super().__init__()
+        self._engine, self._request, self._turn = engine, request, turn
+        self._matcher, self._encode = matcher, encode
+        self._before: tuple[Generation, Sequence[int]] | None = None  # what was said, and the label behind it
+        self._running: Future[Generation] | None = None
+        self._submit(request)
+
+    def cancel(self) -> bool:
+        """Cancel the request that runs, too."""
+        cancelled, running = super().cancel(), self._running
+        if cancelled and running is not None:
+            running.cancel()
+        return cancelled
+
+    def _submit(self, request: Request) -> None:
+        self._running = running = self._engine.submit(request)
+        if self.cancelled():
+            running.cancel()
+        running.add_done_callback(self._ended)
+
+    def _ended(self, running: Future[Generation]) -> None:
+        matcher = self._matcher
         try:
-            said = running.result() if before is None else _joined(before, label, running.result())
+            said = running.result() if self._before is None else _joined(*self._before, running.result())
             # An engine that gives its matcher runs of tokens may have gone beyond the cue: then nothing is written.
             if matcher.reason == "label" and matcher.taken == len(said.token_ids) - said.usage.forced:
-                label = codec_of(tokenizer).encode(matcher.label())
-                context = (*request.token_ids, *said.token_ids, *label)
-                left = turn.max_tokens - matcher.taken
-                submit(replace(request, token_ids=context, max_tokens=left, matcher=matcher), said, label)
+                label = self._encode(matcher.label())
+                context = (*self._request.token_ids, *said.token_ids, *label)
+                self._before = said, label
+                left = self._turn.max_tokens - matcher.taken
+                self._submit(replace(self._request, token_ids=context, max_tokens=left))
                 return
         except BaseException as e:  # also that it was cancelled
-            if spoken.set_running_or_notify_cancel():
-                spoken.set_exception(e)
+            self._running = None
+            if self.set_running_or_notify_cancel():
+                self.set_exception(e)
             return
-        if spoken.set_running_or_notify_cancel():
-            spoken.set_result(replace(said, finish_reason="stage") if matcher.reason == "stage" else said)
-
-    submit(replace(request, matcher=matcher))
-    return spoken
+        self._running = None
+        if self.set_running_or_notify_cancel():
+            self.set_result(replace(said, finish_reason="stage") if matcher.reason == "stage" else said)
 
 
 def _joined(before: Generation, label: Sequence[int], after: Generation) -> Generation:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from queue import Empty, SimpleQueue
 
@@ -176,8 +178,12 @@ class PagedEngine:
         if error is not None:
             row.future.set_exception(error)
         else:
-            row.future.add_done_callback(lambda future: self._mail.put(row) if future.cancelled() else None)
+            row.future.add_done_callback(partial(self._cancelled, weakref.ref(row)))  # which holds the future
         return row.future
+
+    def _cancelled(self, ref: weakref.ref[Row], future: Future[Generation]) -> None:
+        if future.cancelled() and (row := ref()) is not None:
+            self._mail.put(row)
 
     def end(self, sequence_id: str) -> None:
         """See `protocol.Engine.end`; takes effect before the next step."""

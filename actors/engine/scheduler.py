@@ -31,7 +31,7 @@ MOST_COPIES = 16
 """Pages that are copied together: of one layer they take some MiB on their way."""
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Row:
     """A request on its way. `tokens` is the context so far, generated tokens included; `done` of them have KV."""
 

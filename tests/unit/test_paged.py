@@ -2,11 +2,13 @@
 written by two, or a lost token gives other tokens than `expected`, which knows of no pages."""
 
 import asyncio
+import gc
 import itertools
 import pickle
 import random
 import threading
 import time
+import weakref
 import zlib
 from array import array
 from concurrent.futures import CancelledError, Future, wait
@@ -21,7 +23,9 @@ from actors.engine.pages import PageAllocator
 from actors.engine.protocol import Request
 from actors.engine.scheduler import MOST_HELD, Row, Scheduler
 from actors.errors import Cancelled, ContextOverflow, EngineDead, EngineError, OutOfMemory
-from actors.messages import Numerics, Sampling
+from actors.messages import Numerics, Sampling, Stage, Turn
+from actors.stopping import speak
+from bench.common import made_up_tokenizer
 
 NUMERICS = Numerics("paged", "scripted", "float32", "float32", "float32", 1, "none", True)
 VOCABULARY = 50
@@ -897,6 +901,21 @@ def test_it_is_not_waited_for_for_ever(monkeypatch):
         with pytest.raises(OutOfMemory, match="failed alone"):
             paged.submit(request("s", [1] * 30)).result(TIMEOUT_S)
         assert paged.events["waits"] in (10, 11)  # of 0.01 s each
+
+
+def test_a_call_leaves_no_work_to_the_garbage_collector():
+    turn = Turn((Stage("thought", 8),))
+    gc.collect()
+    gc.disable()
+    try:
+        with engine() as (paged, _):
+            future = speak(paged, request("a", [1, 2, 3]), turn, made_up_tokenizer(1000))
+            matcher = weakref.ref(future._matcher)
+            assert future.result(TIMEOUT_S).token_ids
+            del future
+            settled(lambda: matcher() is None)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.filterwarnings("ignore:Using extra keyword arguments")  # ray.serve's own, at import
