@@ -564,7 +564,7 @@ class Runner:
         spans = [_Span(row.token_ids, row.start, row.pages, 1) for row in ordered]
         spans += [_Span([0], 0, [SCRATCH_PAGE], 0)] * (size - len(rows))
         # A new one each time: the last step's may still be on its way to the device.
-        flat = torch.empty(len(graph.device), dtype=torch.int32, pin_memory=True)
+        flat = torch.empty(len(graph.device), dtype=torch.int32, pin_memory=self._device.type == "cuda")
         host = _Packed.over(flat.numpy(), size, size, self._max_pages, graph.units)
         _fill(host, spans, self.kv.page_tokens, runs=runs)
         graph.device.copy_(flat, non_blocking=True)

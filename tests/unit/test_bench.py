@@ -16,7 +16,7 @@ from bench.scripted import made_up_text
 
 with warnings.catch_warnings():  # Ray Serve's own
     warnings.simplefilter("ignore", DeprecationWarning)
-    from bench import job, replica
+    from bench import host, job, replica
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -213,6 +213,15 @@ def test_job(tmp_path):
     assert mine["rows"] > 0
     assert 0 < alone["calls"] <= mine["calls"]
     assert document["summary"]["job"]["steady_cost"] > -1
+
+
+def test_host(tmp_path):
+    out = tmp_path / "host.json"
+    host.main(f"--max-batch 8 --at-once 12 --calls 60 --generate 6 --repeats 1 --out {out}".split())
+    rows = json.loads(out.read_text())["results"]
+    assert [row["engine"] for row in rows] == ["plain", "matcher"]
+    assert all(0 < row["replay_ms_step"] < row["cpu_ms_step"] for row in rows)
+    assert all(row["decode_steps"] > row["prefill_steps"] > 0 for row in rows)
 
 
 def test_job_steady_rates():
