@@ -41,9 +41,6 @@ class TurnMatcher:
         self._codec = codec_of(tokenizer)
         self._stages = turn.stages
         self._stop = _either(turn.stop) if turn.stop else None
-        first = turn.stages[0]
-        watched = (*turn.stop, *filter(None, (first.ends, first.cue)))
-        self._first = _either(watched) if watched else None  # whatever may matter in the first stage
         self._pending: list[int] = []  # tokens of a character that is not complete
         self._turn_text = self._stage_text = ""
         self._stage = -1
@@ -86,8 +83,6 @@ class TurnMatcher:
         text = self._turn_text if len(self._turn_text) < KEPT else self._turn_text[-2 * LOOKBACK :]
         at = max(0, len(text) - LOOKBACK)
         self._turn_text = text = text + new
-        if not self._stage and self._first is not None and not self._first.search(text, at):
-            return None
         if self._stop is not None and self._stop.search(text, at):
             return "stop"
         if self._stage:
@@ -163,7 +158,7 @@ class _Spoken(Future[Generation]):
         except BaseException as e:  # also that it was cancelled
             self._running = None
             if self.set_running_or_notify_cancel():
-                self.set_exception(e)
+                self.set_exception(e.with_traceback(None))  # whose frames hold this
             return
         self._running = None
         if self.set_running_or_notify_cancel():

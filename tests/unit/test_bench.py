@@ -1,5 +1,6 @@
 """The benchmarks run on a CPU with a tiny shape; their numbers mean nothing there."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import batch_sizes, engine_gpu, memory_model, react_replay, tensor_parallel
 from bench.common import made_up_tokenizer, model_config
@@ -217,7 +219,12 @@ def test_job(tmp_path):
 
 def test_host(tmp_path):
     out = tmp_path / "host.json"
-    host.main(f"--max-batch 8 --at-once 12 --calls 60 --generate 6 --repeats 1 --out {out}".split())
+    threads, thresholds = torch.get_num_threads(), gc.get_threshold()
+    try:
+        host.main(f"--max-batch 8 --at-once 12 --calls 60 --generate 6 --repeats 1 --out {out}".split())
+    finally:
+        torch.set_num_threads(threads)
+        gc.set_threshold(*thresholds)
     rows = json.loads(out.read_text())["results"]
     assert [row["engine"] for row in rows] == ["plain", "matcher"]
     assert all(0 < row["replay_ms_step"] < row["cpu_ms_step"] for row in rows)
