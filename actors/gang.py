@@ -10,11 +10,10 @@ Knows nothing of requests or of what a rank computes.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -23,8 +22,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.engine import build
 from actors.engine.protocol import EngineSpec
-
-log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"  # a gang lies on one node
 
@@ -46,11 +43,11 @@ class Rank:
 def start_ranks(spec: EngineSpec, threads: int) -> list[Any]:
     """Start the other ranks, and give the engine's process, by this one's environment, the seat of rank 0.
 
-    Returns:
-        Calls that last as long as the ranks do.
-
     Args:
         threads: CPU threads of each rank; 0 leaves torch's own number.
+
+    Returns:
+        Calls that last as long as the ranks do.
     """
     group = get_current_placement_group()
     if group is None or group.bundle_count != spec.tp:
@@ -72,8 +69,8 @@ def start_ranks(spec: EngineSpec, threads: int) -> list[Any]:
     return calls
 
 
-def watch(calls: Sequence[Any]) -> None:
-    """End this process as soon as one of the ranks ends."""
+def watch(calls: Sequence[Any], on_end: Callable[[str], None]) -> None:
+    """Tell, on a thread, that one of the ranks has ended, and how."""
 
     def wait() -> None:
         [ended], _ = ray.wait(list(calls), num_returns=1)
@@ -82,8 +79,7 @@ def watch(calls: Sequence[Any]) -> None:
             said = "it was closed"
         except Exception as e:
             said = str(e).strip().splitlines()[-1]
-        log.critical("a rank has ended (%s); this process ends, so that Serve replaces the gang", said)
-        os._exit(1)
+        on_end(f"a rank has ended ({said})")
 
     if calls:
         threading.Thread(target=wait, name="berth-ranks", daemon=True).start()

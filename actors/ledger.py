@@ -355,13 +355,7 @@ class Reporter:
         engine: whose sizes are reported and whose rows are ended.
     """
 
-    def __init__(
-        self,
-        ledger: str,
-        pool: str,
-        replica: str,
-        engine: Held,
-    ):
+    def __init__(self, ledger: str, pool: str, replica: str, engine: Held):
         self.ledger, self.pool, self.replica, self.engine = ledger, pool, replica, engine
         self.residents: dict[str, Resident] = {}
         self.running: Counter[str] = Counter()

@@ -33,9 +33,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from actors.engine import build, settle_garbage
-from actors.engine.protocol import Capacity, Engine, EngineSpec, Request
+from actors.engine.loader import load_tokenizer, resolve, stop_token_ids
+from actors.engine.protocol import Capacity, EngineSpec, Request
 from actors.errors import BerthError, EngineDead, InputError
 from actors.messages import DeviceBytes, Generation, Numerics, Sampling, Turn
+from actors.stopping import speak
 
 log = logging.getLogger(__name__)
 
@@ -223,23 +225,19 @@ class Host:
         self._woken = threading.Event()
         self._running: dict[int, Future[Any]] = {}
         self._engine: Any = None
-        self._speak: Callable[[Request, Turn], Future[Generation]]
+        self._tokenizer: Any = None
         self._stop_token_ids: frozenset[int] = frozenset()
 
     def build(self, spec: EngineSpec, threads: int) -> None:
         """Load the engine."""
-        import torch
-
-        from actors.engine.loader import load_tokenizer, resolve, stop_token_ids
-        from actors.stopping import speak
+        import torch  # here, for the other process has no use for it
 
         if threads:
             torch.set_num_threads(threads)
         folder, trusted = resolve(spec.model, spec.revision).folder, spec.trust_remote_code
-        tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
+        self._tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
         self._stop_token_ids = stop_token_ids(folder, trust_remote_code=trusted)
-        engine: Engine = build(spec)
-        self._speak, self._engine = partial(speak, engine, tokenizer=tokenizer), engine
+        self._engine = build(spec)
         settle_garbage()
 
     @property
@@ -311,7 +309,7 @@ class Host:
 
     def _spoken(self, token_ids: array[int], sequence_id: str, sampling: Sampling, turn: Turn) -> Future[Generation]:
         request = Request(token_ids.tolist(), sequence_id, turn.max_tokens, sampling, self._stop_token_ids)
-        return self._speak(request, turn)
+        return speak(self._engine, request, turn, self._tokenizer)
 
     def _call(self, number: int, name: str, arguments: tuple[Any, ...]) -> None:
         future: Future[Any] = Future()

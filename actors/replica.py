@@ -52,7 +52,7 @@ class Replica:
             ranks = start_ranks(spec, threads)
         self.engine = EngineProcess(spec, threads, self._end)
         self.step_limit_s = spec.step_limit_s or STEP_LIMIT_S["gpu" if ray.get_gpu_ids() else "cpu"]
-        watch(ranks)
+        watch(ranks, self._end)
         self.reporter = Reporter(ledger, pool, self.id, self.engine)
         self.reporter.start()
 

@@ -113,22 +113,19 @@ def speak(engine: Engine, request: Request, turn: Turn, tokenizer: Any) -> Futur
     Returns:
         As `Engine.submit`.
     """
-    matcher = TurnMatcher(turn, tokenizer)
-    return _Spoken(engine, replace(request, matcher=matcher), turn, matcher, codec_of(tokenizer).encode)
+    return _Spoken(engine, request, TurnMatcher(turn, tokenizer), codec_of(tokenizer).encode)
 
 
 class _Spoken(Future[Generation]):
     """What is said in a turn. Once it is there it holds nothing that holds it: no work for the garbage collector."""
 
-    def __init__(
-        self, engine: Engine, request: Request, turn: Turn, matcher: TurnMatcher, encode: Callable[[str], list[int]]
-    ):
+    def __init__(self, engine: Engine, request: Request, matcher: TurnMatcher, encode: Callable[[str], list[int]]):
         super().__init__()
-        self._engine, self._request, self._turn = engine, request, turn
+        self._engine, self._request = engine, replace(request, matcher=matcher)
         self._matcher, self._encode = matcher, encode
         self._before: tuple[Generation, Sequence[int]] | None = None  # what was said, and the label behind it
         self._running: Future[Generation] | None = None
-        self._submit(request)
+        self._submit(self._request)
 
     def cancel(self) -> bool:
         """Cancel the request that runs, too."""
@@ -152,7 +149,7 @@ class _Spoken(Future[Generation]):
                 label = self._encode(matcher.label())
                 context = (*self._request.token_ids, *said.token_ids, *label)
                 self._before = said, label
-                left = self._turn.max_tokens - matcher.taken
+                left = self._request.max_tokens - matcher.taken
                 self._submit(replace(self._request, token_ids=context, max_tokens=left))
                 return
         except BaseException as e:  # also that it was cancelled

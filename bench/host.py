@@ -24,7 +24,7 @@ import torch
 from actors.engine import settle_garbage
 from actors.engine.paged import PagedEngine
 from actors.engine.protocol import Request, RowStep
-from actors.engine.runner import Drawn, Runner, _chunks, _Graph, _Packed, graph_sizes
+from actors.engine.runner import _SHARING_ROWS, Drawn, Runner, _chunks, _Graph, _Packed, graph_sizes
 from actors.messages import Numerics
 from actors.stopping import TurnMatcher
 from bench.common import device_info, made_up_tokenizer, print_table, workload_of, write_json
@@ -46,7 +46,9 @@ class Nothing(Runner):
         self._graphs = {}
         for size in graph_sizes(max_batch):
             words = _Packed.size(size, size, self._max_pages, _chunks(size))
-            self._graphs[size] = _Graph(graph, torch.zeros(words, dtype=torch.int32), _chunks(size), size >= 8)
+            self._graphs[size] = _Graph(
+                graph, torch.zeros(words, dtype=torch.int32), _chunks(size), size >= _SHARING_ROWS
+            )
         self._graph_logits_BV = torch.zeros(max_batch, 1)
         self._graph_ids_B = torch.randint(FIRST_TOKEN, VOCABULARY, (max_batch,))
         self.decode_s, self.decode_steps, self.prefill_steps = 0.0, 0, 0

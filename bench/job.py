@@ -258,11 +258,6 @@ class Instead:
         return self.matcher(self.answer[at : self.at])
 
 
-def build(spec: EngineSpec) -> Replaying:
-    """The engine of the run's config."""
-    return Replaying(spec)
-
-
 def row(way: str, seen: dict[str, Any], ramp: float, seconds: float) -> dict[str, Any]:
     """Rates and steps between `ramp` and `seconds` behind the first call's end."""
     ended: Sequence[tuple[float, int]] = seen["ended"]
@@ -316,7 +311,7 @@ def write_suite(folder: Path, model: Path, args: argparse.Namespace) -> Path:
         'tools: [{use: "recorded:Search"}]\nscorers: [exact_match]\nlimits: {max_steps: 8, trajectory_tokens: 4096}\n'
     )
     path = folder / "run.json"  # JSON is YAML
-    config = {"suite": ".", "out": "out", "engine": "bench.job:build", "speculation": "off"}
+    config = {"suite": ".", "out": "out", "engine": "bench.job:Replaying", "speculation": "off"}
     config |= {"model": {"id": str(model), "max_model_len": 4096}, "memory": {"max_batch": args.max_batch}}
     path.write_text(json.dumps(config))
     return path

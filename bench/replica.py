@@ -169,11 +169,6 @@ class Measured:
         return found
 
 
-def build(spec: EngineSpec) -> Measured:
-    """The engine of the run's config."""
-    return Measured(spec)
-
-
 class Clients(Caller):
     """A process that calls as a run's agent does: a lease for each call, which goes to the lease's home."""
 
@@ -368,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "out": f"replica-{os.getpid()}",
             "model": {"id": str(model), "max_model_len": -(-longest // 256) * 256},
             "memory": {"max_batch": args.at_once},
-            "engine": "bench.replica:build",
+            "engine": "bench.replica:Measured",
             "speculation": "off",
         }
     )

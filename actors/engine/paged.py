@@ -178,7 +178,8 @@ class PagedEngine:
         if error is not None:
             row.future.set_exception(error)
         else:
-            row.future.add_done_callback(partial(self._cancelled, weakref.ref(row)))  # which holds the future
+            # A row holds its future: held by it in turn, only the garbage collector could free them.
+            row.future.add_done_callback(partial(self._cancelled, weakref.ref(row)))
         return row.future
 
     def _cancelled(self, ref: weakref.ref[Row], future: Future[Generation]) -> None:
@@ -386,8 +387,7 @@ class PagedEngine:
                 continue
             tokens = part.tokens
             row.gpu_s += token_s * tokens
-            if row.batch_max < rows:
-                row.batch_max = rows
+            row.batch_max = max(row.batch_max, rows)
             if tokens > 1 or not row.peak_pages or (row.done - 1) % self._page_tokens == 0:  # has new pages
                 row.peak_pages = max(row.peak_pages, self.scheduler.pages.share(row.sequence_id))
             if result is not None and self._deliver(row, *result, now_s) and further:

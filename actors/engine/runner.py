@@ -694,7 +694,7 @@ def _runs(rows: Sequence[RowStep], page_tokens: int) -> tuple[list[int], list[tu
         if len(members) > 1:
             alike = list(rows[members[0]].pages[: min(rows[r].start for r in members) // page_tokens])
             for r in members:
-                while (pages := rows[r].pages[: len(alike)]) != alike and list(pages) != alike:
+                while list(rows[r].pages[: len(alike)]) != alike:
                     alike.pop()
             runs.append((len(members), alike))
             order += members

@@ -280,9 +280,9 @@ class Scheduler:
         for part in work:
             row, end = part.row, part.start + part.count
             self._prefilled_last = prefill = part.prefill
-            if prefill or end <= row.computed or end <= len(row.request.token_ids):
-                # Prompt tokens, and generated ones that are computed again.
-                row.prefilled += max(0, min(end, max(len(row.request.token_ids), row.computed)) - row.done)
+            known = max(len(row.request.token_ids), row.computed)
+            if row.done < known:  # prompt tokens, and generated ones that are computed again
+                row.prefilled += min(end, known) - row.done
             row.done, row.computed = end, max(end, row.computed)
             if prefill or not end % self.pages.page_tokens:
                 self._record(row)
