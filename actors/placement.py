@@ -11,7 +11,7 @@ Steps are the clock, and rows are not in phase: each may be half a step ahead or
 where every forecast is sharp. And rows that were let in together step together, in the order in which their calls
 began: no moment at which some have stepped and others have not may exceed the pool either. A row that waits for its
 tool does not step: it has what it has for the share of time that rows like it wait, and for the rest what its next call
-needs.
+needs. A row that has been silent for longer than its suite's calls take keeps what it has: its agent may be gone.
 
 Knows nothing of engines, agents and transports. Not thread-safe.
 """
@@ -247,7 +247,8 @@ class Pool:
         # prompts that rows have in common: (suite, tokens) → index into refs
         self.prefixes: dict[tuple[str, int], int] = {}
         self.prefix_pages = np.zeros(0)
-        self.called_s, self.waited_s = np.zeros(0), np.zeros(0)  # that its rows took in all
+        # of its rows' calls and of their waits, [P, 2, 3]: how many, seconds in all, seconds² in all
+        self.took = np.zeros((0, 2, 3))
         self.refs = np.zeros((0, 0), np.int64)
         # rows
         self.slot: dict[str, int] = {}
@@ -270,6 +271,7 @@ class Pool:
         self.waits = np.zeros(0, np.bool_)  # for its tool
         self.since_s = np.zeros(0)  # when it began to wait, or else its call
         self.parked = np.zeros(0, np.bool_)
+        self.silent = np.zeros(0, np.bool_)  # see _silence
         self._moved: set[int] = set()  # their tokens have changed since they were measured
         # queues
         self._heaps: dict[str, list[tuple[float, int, int]]] = {}
@@ -278,7 +280,7 @@ class Pool:
         self.served: dict[str, float] = {}
         self.held: dict[int, int] = {}  # row → replica
         self.past_waits: dict[str, list[float]] = {}
-        self._swept_s = 0.0
+        self._swept_s = self._listened_s = 0.0
 
     # --- replicas
 
@@ -355,7 +357,7 @@ class Pool:
             for name in ("home", "prefix", "tokens", "prompt", "growth", "steps", "quantiles", "outlook", "cumulants"):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros((more, *old.shape[1:]), old.dtype)]))
-            for name in ("size", "alone", "deadline_s", "asked_s", "waits", "since_s", "parked"):
+            for name in ("size", "alone", "deadline_s", "asked_s", "waits", "since_s", "parked", "silent"):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros(more, old.dtype)]))
             self.home[size:] = -1
@@ -368,7 +370,7 @@ class Pool:
         row = self._free.pop()
         self.row_id[row], self.attempt[row], self.suite[row], self.avoid[row] = row_id, attempt, suite, -1
         self.steps[row], self.asked_s[row], self.deadline_s[row] = 0, now_s, now_s + self.lease_s
-        self.waits[row], self.since_s[row] = False, now_s
+        self.waits[row], self.since_s[row], self.silent[row] = False, now_s, False
         if row_id is not None:
             self.slot[row_id] = row
         return row
@@ -379,7 +381,7 @@ class Pool:
             self.prefixes[key] = len(self.prefixes)
             pages = shared_tokens // self.page_tokens if self.page_tokens else 0
             self.prefix_pages = np.append(self.prefix_pages, float(pages))
-            self.called_s, self.waited_s = np.append(self.called_s, 1e-6), np.append(self.waited_s, 0.0)
+            self.took = np.concatenate([self.took, np.zeros((1, 2, 3))])
             self.refs = np.concatenate([self.refs, np.zeros((1, len(self.replica_ids)), np.int64)])
         return self.prefixes[key]
 
@@ -412,10 +414,14 @@ class Pool:
         # Half of a step is observed, which a row that waits has yet to do.
         growth = _STEPS_OF_PRIOR * self.growth[rows] + tokens - self.prompt[rows]
         growth = np.maximum(growth / (_STEPS_OF_PRIOR + self.steps[rows] - half), 1.0)
-        calls = self.called_s[prefix] / (self.called_s[prefix] + self.waited_s[prefix])
+        called_s, waited_s = self.took[prefix, :, 1].T
+        calls = (called_s + 1e-6) / (called_s + waited_s + 1e-6)
         to_come = half * (2 * calls - 1) * growth
         shared = self.prefix_pages[prefix]
-        self.outlook[rows] = outlook(tokens, growth, self.quantiles[rows], shared, self.page_tokens, to_come)
+        ahead_B2H = outlook(tokens, growth, self.quantiles[rows], shared, self.page_tokens, to_come)
+        # Where others would have ended a silent row has what it has now.
+        stands_BH = self.silent[rows, None] & (ahead_B2H.prod(1) < ahead_B2H[:, 0, :1])
+        self.outlook[rows] = np.where(stands_BH[:, None], ahead_B2H[:, :, :1], ahead_B2H)
         self._sum_up(rows, growth / self.page_tokens)
 
     def _sum_up(self, rows: Ints, step_pages: Floats | float = 0.0) -> None:
@@ -535,6 +541,7 @@ class Pool:
         granted: list[int] = []
         if not self.queued or not self.index:
             return granted
+        self._silence(now_s)
         self._catch_up()
         lead = self.LEAD * float(self.pages.sum())
         parked = False
@@ -674,6 +681,22 @@ class Pool:
 
     # --- waits
 
+    def _silence(self, now_s: float) -> None:
+        """Find rows whose call or tool takes longer than almost all of their suite: until they are heard of again they
+        are not expected to end. Their agent may be gone, and whoever takes them over begins later."""
+        if now_s < self._listened_s + 0.1:
+            return
+        self._listened_s = now_s
+        number, sum_s, squares = np.moveaxis(self.took, 2, 0)
+        with np.errstate(invalid="ignore"):
+            mean_s = sum_s / number
+            most_s = mean_s + SIGMAS * np.sqrt(np.maximum(squares / number - mean_s**2, 0))
+        most_s[number < 8] = np.inf
+        rows = np.flatnonzero((self.home >= 0) & ~self.silent)
+        rows = rows[now_s - self.since_s[rows] > most_s[self.prefix[rows], self.waits[rows].astype(np.int64)]]
+        self.silent[rows] = True
+        self._moved.update(rows.tolist())
+
     def _park(self, now_s: float) -> bool:
         """Give up the pages of rows whose tool takes too long, where others want them; at most once a second.
 
@@ -701,19 +724,22 @@ class Pool:
         self.advance(rows, tokens, 1)
 
     def _wait(self, rows: Ints, now_s: float) -> None:
-        np.add.at(self.called_s, self.prefix[rows], now_s - self.since_s[rows])
-        self.waits[rows], self.since_s[rows] = True, now_s
+        self._took(rows, 0, now_s - self.since_s[rows])
+        self.waits[rows], self.since_s[rows], self.silent[rows] = True, now_s, False
+
+    def _took(self, rows: Ints, what: int, seconds: Floats) -> None:
+        np.add.at(self.took[:, what], self.prefix[rows], np.stack((np.ones(len(rows)), seconds, seconds**2), 1))
 
     def resume(self, rows: Ints, now_s: float) -> None:
         """Rows are back from their tool; one that was parked queues for a home, with the age it has."""
         waited = rows[self.waits[rows]]
         waited_s = now_s - self.since_s[waited]
-        np.add.at(self.waited_s, self.prefix[waited], waited_s)
+        self._took(waited, 1, waited_s)
         for row, each_s in zip(waited.tolist(), waited_s.tolist(), strict=True):
             past = self.past_waits.setdefault(self.suite[row], [])
             past.append(each_s)
             del past[:-512]
-        self.waits[rows], self.since_s[rows] = False, now_s
+        self.waits[rows], self.since_s[rows], self.silent[rows] = False, now_s, False
         for row in rows[self.parked[rows]].tolist():
             self.parked[row] = False
             self._enqueue(row)

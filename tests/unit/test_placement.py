@@ -1,5 +1,6 @@
 """Placement: calibration, fairness, pools, fences, waits, and any order of events."""
 
+import copy
 import heapq
 import time
 
@@ -241,6 +242,30 @@ def test_rows_that_are_all_alike_stay_within_their_pools(apart_s, pause_s):
                 assert sum(held[home].values()) <= pages[home]
                 heapq.heappush(events, (now_s + 0.5 + rng.random() * apart_s, "answered", row))
         assert ended == 160
+
+
+def test_rows_that_have_fallen_silent_keep_their_pages():
+    """As when their agent has died: their pages stay until somebody takes them over, which may be long after."""
+    sharp = forecast(14, 0, np.interp(LEVELS, (0, 0.01, 0.99, 1), (0, 90, 92, 480)), 3)
+    made = placement(24, page_tokens=16)
+    for row, begun_s in [(f"past{i}", i / 2) for i in range(10)]:
+        made.ask(ask(row, tokens=14, forecast=sharp), begun_s)
+        made.place(begun_s)
+        made.replied(row, 1, 33, begun_s + 0.5 + 0.01 * (begun_s % 1))
+        made.end(row, 1)
+    for row in ("a", "b"):
+        for tokens, begun_s in ((14, 10.0), (51, 10.5), (88, 11.0)):
+            made.ask(ask(row, tokens=tokens, forecast=sharp), begun_s)
+            made.place(begun_s)
+            if tokens < 88:
+                made.replied(row, 1, tokens + 19, begun_s + 0.5)
+    made.ask(ask("next", tokens=14, forecast=sharp), 11.3)
+    before = copy.deepcopy(made)
+    assert before.place(11.3) == ["next"], "their last call ends with this step"
+    assert made.place(12.0) == [], "it should have ended long ago"
+    made.ask(ask("a", attempt=2, tokens=14, forecast=sharp), 20.0)
+    made.end("b", 1)
+    assert made.place(20.1) == ["next"]
 
 
 @pytest.mark.parametrize("pages", [24, 30, 36, 42, 60])
