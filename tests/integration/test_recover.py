@@ -78,7 +78,7 @@ def test_a_row_that_fits_nowhere_fails_with_its_numbers_and_alone(tmp_path):
 
 def test_a_model_that_fits_no_single_gpu_starts_sharded(tmp_path):
     said, frame, _ = scripted(tmp_path, "out", 8, load=[2, 8])
-    assert "the weights do not fit 1 GPUs; next: shard, bfloat16 in pool pair" in said
+    assert "the weights do not fit 1 GPUs; next: shard, bfloat16, KV auto, weights auto in pool pair" in said
     assert (frame["status"] == "ok").all()
     assert (set(frame["pool"]), set(frame["rung"]), set(frame["tp"])) == ({"pair"}, {"shard"}, {2})
 
