@@ -5,6 +5,8 @@ them. The head has no CPU and no GPU, so all that the run needs must be started 
 (tests/scripted.py) answers after a delay, so the times of a real cloud to start a machine and load weights are missing.
 
     python -m bench.autoscaling --rows 400 --out bench/results/autoscaling.json --plot docs/autoscaling.png
+
+With `--long q20/0` that row needs two GPUs from its second step on, for which a second pool is there, on nodes of four.
 """
 
 from __future__ import annotations
@@ -64,25 +66,42 @@ def autoscaling_config(gcs_address: str, idle_s: float) -> dict[str, Any]:
 
 
 def sample(calls: Path) -> dict[str, Any]:
-    """What there is now: nodes by type, replicas by state, calls answered by the engine."""
+    """What there is now: nodes by type, replicas by state, running ones by pool, calls answered by the engine."""
     import ray
     from ray import serve
 
     nodes = Counter(node["Labels"].get("pool") for node in ray.nodes() if node["Alive"])
     states: Counter[str] = Counter()
+    pools: dict[str, int] = {}
     for app in serve.status().applications.values():
-        for deployment in app.deployments.values():
-            states.update({str(getattr(state, "value", state)): n for state, n in deployment.replica_states.items()})
+        for name, deployment in app.deployments.items():
+            found = {str(getattr(state, "value", state)): n for state, n in deployment.replica_states.items()}
+            states.update(found)
+            pools[name] = found.get("RUNNING", 0)
     done = calls.read_text().count("\n") if calls.exists() else 0
-    return {"nodes": dict(nodes), "replicas": dict(states), "calls": done}
+    return {"nodes": dict(nodes), "replicas": dict(states), "pools": pools, "calls": done, "at": time.time()}
 
 
-def timeline(rows: int, delay_s: float, idle_s: float, replicas: int) -> tuple[int, list[dict[str, Any]]]:
-    """Run a job on the cluster; its exit code and a sample each second, until all nodes but the head are gone."""
+def timeline(
+    rows: int, delay_s: float, idle_s: float, least: int, most: int, long: str | None = None, work: Path | None = None
+) -> tuple[int, list[dict[str, Any]]]:
+    """Run a job on the cluster; its exit code and a sample each second, until all nodes but the head are gone.
+
+    Args:
+        least, most: replicas of the smallest pool.
+        long: a row that needs two GPUs from its second step on; with a second pool for it.
+        work: where the run's folder `out` is to be; None removes it.
+    """
+    pools: dict[str, Any] = {
+        "single": {"num_gpus": 1, "labels": {"pool": "single"}, "replicas": {"min": least, "max": most}}
+    }
+    if long:
+        pools["pair"] = {"num_gpus": 1, "labels": {"pool": "sharded"}, "tensor_parallel_size": 2}
+    oom = {long: (2, 1)} if long else {}
     with tempfile.TemporaryDirectory() as name:
-        folder, config = Path(name), Path(name) / "autoscaling.yaml"
+        folder, config = work or Path(name), Path(name) / "autoscaling.yaml"
         calls, run = folder / "calls", write_run(folder, rows)
-        env = script(delay_s=delay_s, max_batch=8, count=str(calls)) | {
+        env = script(delay_s=delay_s, max_batch=8, count=str(calls), oom=oom) | {
             "RAY_FAKE_CLUSTER": "1",
             "RAY_enable_autoscaler_v2": "1",
             "RAY_CLOUD_INSTANCE_ID": HEAD,
@@ -102,8 +121,7 @@ def timeline(rows: int, delay_s: float, idle_s: float, replicas: int) -> tuple[i
             ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
             argv = [sys.executable, "-m", "pipeline", "run", str(run)]
             argv += ["--set", "ray.address=auto", "--set", "ray.labels.pool=agents"]
-            pool = {"num_gpus": 1, "labels": {"pool": "single"}, "replicas": {"min": 0, "max": replicas}}
-            argv += ["--set", f"pools.single={json.dumps(pool)}"]
+            argv += ["--set", f"pools={json.dumps(pools)}"]
             started = time.monotonic()
             samples: list[dict[str, Any]] = []
             log = sys.stderr
@@ -138,7 +156,7 @@ def summarize(samples: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def plot(samples: list[dict[str, Any]], most: int, path: Path) -> None:
+def plot(samples: list[dict[str, Any]], least: int, most: int, path: Path) -> None:
     """Nodes, replicas and calls a second over time."""
     import matplotlib
 
@@ -151,7 +169,10 @@ def plot(samples: list[dict[str, Any]], most: int, path: Path) -> None:
         ("head", "head (no GPU, no CPU)", "#888888", 0.06),
         ("agents", "agents (CPU)", "#1f77b4", 0.0),
         ("single", "single (1 GPU)", "#d62728", -0.06),
+        ("sharded", "sharded (4 GPUs)", "#9467bd", -0.12),
     ):
+        if name == "sharded" and not any(one["nodes"].get(name) for one in samples):
+            continue
         counts = [one["nodes"].get(name, 0) + lift for one in samples]
         nodes.step(at, counts, where="post", label=label, color=colour, linewidth=2)
     running = [one["replicas"].get("RUNNING", 0) for one in samples]
@@ -182,7 +203,7 @@ def plot(samples: list[dict[str, Any]], most: int, path: Path) -> None:
         axis.yaxis.get_major_locator().set_params(integer=True)
         axis.legend(loc="upper left", frameon=False, fontsize=9)
     calls.set_xlabel("seconds since the command")
-    figure.suptitle(f"A pool with replicas {{min: 0, max: {most}}}: from zero GPUs and back")
+    figure.suptitle(f"A pool with replicas {{min: {least}, max: {most}}}: from zero GPUs and back")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -193,14 +214,20 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--delay-s", type=float, default=1.0, help="of each call of the scripted engine")
     parser.add_argument("--idle-s", type=float, default=12.0, help="after which the autoscaler removes a node")
+    parser.add_argument("--least", type=int, default=0, help="replicas")
     parser.add_argument("--replicas", type=int, default=2, help="at most")
+    parser.add_argument("--long", help="id of a row that needs two GPUs, as q20/0")
+    parser.add_argument("--work", type=Path, help="keep the run's folder in this one")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    code, samples = timeline(args.rows, args.delay_s, args.idle_s, args.replicas)
+    code, samples = timeline(
+        args.rows, args.delay_s, args.idle_s, args.least, args.replicas, args.long, args.work and args.work.resolve()
+    )
     summary = summarize(samples)
     print_table("autoscaling", [summary])
     workload = {"rows": args.rows, "delay_s": args.delay_s, "idle_s": args.idle_s, "max_replicas": args.replicas}
+    workload |= {"min_replicas": args.least, "long": args.long}
     write_json(
         args.out,
         "autoscaling",
@@ -210,7 +237,7 @@ def main() -> None:
         summary={"berth, scripted": summary},
     )
     if args.plot:
-        plot(samples, args.replicas, args.plot)
+        plot(samples, args.least, args.replicas, args.plot)
     if code:
         sys.exit(f"the run ended with exit code {code}")
 

@@ -1,8 +1,9 @@
-"""A gang of two ranks under Serve, on CPUs: a run of its own, and with a rank killed or stopped in the middle."""
+"""A gang of ranks under Serve, on CPUs: a run of its own, and with a rank killed or stopped in the middle."""
 
 import json
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,10 +14,9 @@ import pytest
 from bench.clusters import children, wait_for
 from bench.scripted import finished_rows
 from bench.tiny import write_tiny_model
-from tests.integration.test_run import ROOT, command, rows_of, run
+from tests.integration.test_run import QUICKSTART, ROOT, command, rows_of, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-GANG = ["--set", "pools={sharded: {tensor_parallel_size: 2, replicas: 1}}"]
 
 
 @pytest.fixture(scope="module")
@@ -24,31 +24,46 @@ def model(tmp_path_factory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def sharded(out: Path, model: Path, rows: int) -> list[str]:
-    return command(out, "--limit", str(rows), "--set", f"model.id={model}", *GANG, engine="paged")
+def gang(size: int) -> list[str]:
+    return ["--set", f"pools={{sharded: {{tensor_parallel_size: {size}, replicas: 1}}}}"]
 
 
-def check(out: Path, rows: int) -> pd.DataFrame:
+def real(model: Path, rows: int) -> list[str]:
+    return ["--limit", str(rows), "--set", f"model.id={model}"]
+
+
+def check(out: Path, rows: int, size: int = 2) -> pd.DataFrame:
     frame = rows_of(out)
     assert frame["row_id"].is_unique
     assert len(frame) == rows
     assert (frame["status"] == "ok").all(), frame["error"].tolist()
-    assert set(frame["tp"]) == {2}
+    assert set(frame["tp"]) == {size}
     assert set(frame["pool"]) == {"sharded"}
     return frame
 
 
-def test_a_sharded_run_gives_the_rows_of_one_process(tmp_path, model):
-    done = run(sharded(tmp_path / "two", model, 6))
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, model) -> pd.DataFrame:
+    """Rows of one process."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    done = run(command(out, *real(model, 6), engine="paged"))
     assert done.returncode == 0, done.stdout + done.stderr
-    two = check(tmp_path / "two", 6)
-    done = run(command(tmp_path / "one", "--limit", "6", "--set", f"model.id={model}", engine="paged"))
+    return rows_of(out)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_sharded_run_gives_the_rows_of_one_process(tmp_path, model, alone, size, monkeypatch):
+    """Ray believes that there are as many GPUs as ranks."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # they share the CPUs
+    out = tmp_path / "out"
+    argv = [sys.executable, "-m", "tests.integration.gpus_run", str(size), str(QUICKSTART), "--out", str(out)]
+    done = run([*argv, *real(model, 6), *gang(size), "--set", "engine=paged"])
     assert done.returncode == 0, done.stdout + done.stderr
-    one = rows_of(tmp_path / "one")
-    steps = [[(step["thought"], step["action"]) for step in row] for row in two.sort_values("row_id")["trajectory"]]
-    assert steps == [
-        [(step["thought"], step["action"]) for step in row] for row in one.sort_values("row_id")["trajectory"]
-    ]
+    frames = [frame.sort_values("row_id") for frame in (check(out, 6, size), alone)]
+    assert {dtype for frame in frames for dtype in frame["dtype"]} == {"float32"}
+    steps = [[[(step["thought"], step["action"]) for step in row] for row in frame["trajectory"]] for frame in frames]
+    assert steps[0] == steps[1]
+    assert frames[0]["generated_tokens"].tolist() == frames[1]["generated_tokens"].tolist()
 
 
 @pytest.mark.parametrize(
@@ -64,15 +79,15 @@ def test_a_sharded_run_gives_the_rows_of_one_process(tmp_path, model):
 )
 def test_a_lost_rank_rebuilds_the_gang_and_loses_no_row(tmp_path, model, victim, how):
     out, rows = tmp_path / "out", 40
-    argv = [*sharded(out, model, rows), "--set", "memory.max_batch=4"]
+    argv = command(out, *real(model, rows), *gang(2), "--set", "memory.max_batch=4", engine="paged")
     with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         wait_for(lambda: len(finished_rows(out)) > 4)
         [target, *_] = children(process.pid, victim)
         titles = ("ray::Rank", "ray::ServeReplica", "actors.process")
-        gang = [one for title in titles for one in children(process.pid, title)]
+        ranks = [one for title in titles for one in children(process.pid, title)]
         target.send_signal(how)
         killed, before = time.monotonic(), len(finished_rows(out))
-        assert not psutil.wait_procs(gang, 300)[1]
+        assert not psutil.wait_procs(ranks, 300)[1]
         gone_s = time.monotonic() - killed
         wait_for(lambda: len(finished_rows(out)) > before + 4)
         print(

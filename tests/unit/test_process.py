@@ -137,6 +137,33 @@ async def test_a_process_that_dies_or_hangs_is_noticed(monkeypatch):
         assert ended == ["the engine's process has ended, exit code 1"]
 
 
+async def check_poisoned(spec: EngineSpec, how: str) -> None:
+    """Calls under way fail with EngineDead, the process ends, and another one answers as it did (tests/poisoned.py)."""
+    spec, ended = replace(spec, engine="tests.poisoned:build"), []
+
+    async def answers(engine: EngineProcess, name: str) -> list:
+        calls = (engine.speak(range(n, n + 60), f"{name} {n}", GREEDY, SHORT) for n in (100, 300))
+        return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), TIMEOUT_S)
+
+    async with process(spec, on_end=ended.append) as engine:
+        before = [one.token_ids for one in await answers(engine, "before")]
+        await engine.ask("poison", how)
+        failed = await answers(engine, "under way")
+        failed_s = time.monotonic()
+        await until(lambda: ended)
+        print(f"{how}: the process has ended after {time.monotonic() - failed_s:.2f} s: {failed[0]}")
+    assert [type(error) for error in failed] == [EngineDead, EngineDead]
+    assert all("CUDA error" in str(error) for error in failed)
+    assert ended == ["the engine's process has ended, exit code 1"]
+    async with process(spec) as engine:
+        assert [one.token_ids for one in await answers(engine, "after")] == before
+    assert all(len(ids) > 4 for ids in before)
+
+
+async def test_a_broken_context_ends_the_process_and_the_next_one_answers_as_before(spec):
+    await check_poisoned(spec, "error")
+
+
 def test_a_process_ends_with_the_one_that_started_it(spec):
     program = (
         "import asyncio, sys, time\n"
