@@ -129,10 +129,10 @@ def test_the_real_engine_over_two_ranks_goes_on_where_one_had_not_the_memory(tmp
     assert steps[0] == steps[1]
 
 
-def test_memory_that_runs_out_in_steps_and_to_another_process_changes_no_token(tmp_path):
+def test_no_token_depends_on_where_memory_runs_out_and_what_fits_nowhere_fails_alone(tmp_path):
     """As on GPUs (bench/recover.py), with errors where tests/squeezed.py says so."""
     argv = [sys.executable, "-m", "bench.recover", "--device", "cpu", "--slower", "4", "--work", str(tmp_path / "work")]
-    for name in ("roomy", "capped", "squeezed", "nowhere"):
+    for name in ("roomy", "capped", "squeezed", "sharded", "nowhere", "alone"):
         argv += ["--only", name]
     done = subprocess.run([*argv, "--out", str(tmp_path / "out.json")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
