@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 REPORT_S = 1.0
 PLACE_S = 0.005  # requests of this time are decided together
-RENEW_S = 10.0  # an agent's leases, all together
+RENEW_S = 5.0  # an agent's leases, all together
 ANSWER_S = 30.0  # an asker that nobody can serve is told to ask again, which shows that it lives
 NAMESPACE = "berth"
 
@@ -85,7 +85,7 @@ class Ledger:
         self,
         pools: Mapping[str, int | None],
         *,
-        lease_s: float = 60.0,
+        lease_s: float = 20.0,
         dead_s: float = 15.0,
         settle_s: float = 3.0,
         aging_s: float = 300.0,

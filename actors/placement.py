@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
@@ -41,6 +42,7 @@ SIGMAS = 2.55  # 1 % of a normal distribution are above 2.33; sums of few, large
 RISK = 0.01
 SKEWED = 1.0  # a gamma distribution with less skewness is close enough to any sum of rows
 GIANTS = 16  # rows that are convolved one by one
+PAST = 512  # calls and waits of a suite that are remembered
 BINS = 128  # that a pool is divided into to convolve them
 _UNIT = 256.0  # cumulants are whole numbers of 1/256, so that what is charged and released cancels exactly
 _STEPS_OF_PRIOR = 2.0  # a row's own growth counts as much as its forecast's after this many steps
@@ -195,6 +197,13 @@ def overflow(outlook_B2H: Floats, others: Floats, limit: float) -> float:
     return float(1 - within_HN.sum(1).min())
 
 
+def longest(past_s: Iterable[float]) -> float:
+    """Seconds that calls, or waits, seldom take longer than: mean and `SIGMAS` deviations, a quarter over the mean at
+    least; infinite where fewer than 32 have ended, for the first are the quickest."""
+    past = np.fromiter(past_s, np.float64)
+    return max(past.mean() + SIGMAS * past.std(), 1.25 * past.mean()) if len(past) >= 32 else np.inf
+
+
 def keeps(waited_s: Floats, past_waits_s: Floats, refill_s: Floats | float) -> NDArray[np.bool_]:
     """Whether the pages of rows that have waited this long for their tool are worth keeping under pressure.
 
@@ -247,8 +256,7 @@ class Pool:
         # prompts that rows have in common: (suite, tokens) → index into refs
         self.prefixes: dict[tuple[str, int], int] = {}
         self.prefix_pages = np.zeros(0)
-        # of its rows' calls and of their waits, [P, 2, 3]: how many, seconds in all, seconds² in all
-        self.took = np.zeros((0, 2, 3))
+        self.called_s, self.waited_s = np.zeros(0), np.zeros(0)  # that its rows took in all
         self.refs = np.zeros((0, 0), np.int64)
         # rows
         self.slot: dict[str, int] = {}
@@ -279,7 +287,8 @@ class Pool:
         self.queued = 0
         self.served: dict[str, float] = {}
         self.held: dict[int, int] = {}  # row → replica
-        self.past_waits: dict[str, list[float]] = {}
+        self.past_calls: dict[str, deque[float]] = {}  # of a suite, the last PAST
+        self.past_waits: dict[str, deque[float]] = {}
         self._swept_s = self._listened_s = 0.0
 
     # --- replicas
@@ -381,7 +390,7 @@ class Pool:
             self.prefixes[key] = len(self.prefixes)
             pages = shared_tokens // self.page_tokens if self.page_tokens else 0
             self.prefix_pages = np.append(self.prefix_pages, float(pages))
-            self.took = np.concatenate([self.took, np.zeros((1, 2, 3))])
+            self.called_s, self.waited_s = np.append(self.called_s, 1e-6), np.append(self.waited_s, 0.0)
             self.refs = np.concatenate([self.refs, np.zeros((1, len(self.replica_ids)), np.int64)])
         return self.prefixes[key]
 
@@ -414,8 +423,7 @@ class Pool:
         # Half of a step is observed, which a row that waits has yet to do.
         growth = _STEPS_OF_PRIOR * self.growth[rows] + tokens - self.prompt[rows]
         growth = np.maximum(growth / (_STEPS_OF_PRIOR + self.steps[rows] - half), 1.0)
-        called_s, waited_s = self.took[prefix, :, 1].T
-        calls = (called_s + 1e-6) / (called_s + waited_s + 1e-6)
+        calls = self.called_s[prefix] / (self.called_s[prefix] + self.waited_s[prefix])
         to_come = half * (2 * calls - 1) * growth
         shared = self.prefix_pages[prefix]
         ahead_B2H = outlook(tokens, growth, self.quantiles[rows], shared, self.page_tokens, to_come)
@@ -565,7 +573,7 @@ class Pool:
                 self._dequeue(row)
                 self._charge(row, r, needed_H)
                 if not self.waits[row]:
-                    self.since_s[row] = now_s
+                    self._heard(np.array([row]), now_s, False)
                 self.served[self.suite[row]] += float(self.size[row]) / _UNIT
                 granted.append(row)
             elif parked or not self._park(now_s):
@@ -684,16 +692,13 @@ class Pool:
     def _silence(self, now_s: float) -> None:
         """Find rows whose call or tool takes longer than almost all of their suite: until they are heard of again they
         are not expected to end. Their agent may be gone, and whoever takes them over begins later."""
-        if now_s < self._listened_s + 0.1:
+        if not self.page_tokens or now_s < self._listened_s + 0.1:
             return
         self._listened_s = now_s
-        number, sum_s, squares = np.moveaxis(self.took, 2, 0)
-        with np.errstate(invalid="ignore"):
-            mean_s = sum_s / number
-            most_s = mean_s + SIGMAS * np.sqrt(np.maximum(squares / number - mean_s**2, 0))
-        most_s[number < 8] = np.inf
         rows = np.flatnonzero((self.home >= 0) & ~self.silent)
-        rows = rows[now_s - self.since_s[rows] > most_s[self.prefix[rows], self.waits[rows].astype(np.int64)]]
+        pasts = self.past_calls, self.past_waits
+        most_P2 = np.array([[longest(past.get(suite, ())) for past in pasts] for suite, _ in self.prefixes])
+        rows = rows[now_s - self.since_s[rows] > most_P2[self.prefix[rows], self.waits[rows].astype(np.int64)]]
         self.silent[rows] = True
         self._moved.update(rows.tolist())
 
@@ -724,22 +729,24 @@ class Pool:
         self.advance(rows, tokens, 1)
 
     def _wait(self, rows: Ints, now_s: float) -> None:
-        self._took(rows, 0, now_s - self.since_s[rows])
-        self.waits[rows], self.since_s[rows], self.silent[rows] = True, now_s, False
+        self._past(rows, now_s - self.since_s[rows], self.called_s, self.past_calls)
+        self._heard(rows, now_s, True)
 
-    def _took(self, rows: Ints, what: int, seconds: Floats) -> None:
-        np.add.at(self.took[:, what], self.prefix[rows], np.stack((np.ones(len(rows)), seconds, seconds**2), 1))
+    def _past(self, rows: Ints, seconds: Floats, in_all: Floats, past: dict[str, deque[float]]) -> None:
+        np.add.at(in_all, self.prefix[rows], seconds)
+        for row, each_s in zip(rows.tolist(), seconds.tolist(), strict=True):
+            past.setdefault(self.suite[row], deque(maxlen=PAST)).append(each_s)
+
+    def _heard(self, rows: Ints, now_s: float, waits: bool) -> None:
+        """From now on rows wait for their tool, or their call runs."""
+        self._moved.update(rows[self.silent[rows]].tolist())
+        self.waits[rows], self.since_s[rows], self.silent[rows] = waits, now_s, False
 
     def resume(self, rows: Ints, now_s: float) -> None:
         """Rows are back from their tool; one that was parked queues for a home, with the age it has."""
         waited = rows[self.waits[rows]]
-        waited_s = now_s - self.since_s[waited]
-        self._took(waited, 1, waited_s)
-        for row, each_s in zip(waited.tolist(), waited_s.tolist(), strict=True):
-            past = self.past_waits.setdefault(self.suite[row], [])
-            past.append(each_s)
-            del past[:-512]
-        self.waits[rows], self.since_s[rows], self.silent[rows] = False, now_s, False
+        self._past(waited, now_s - self.since_s[waited], self.waited_s, self.past_waits)
+        self._heard(rows, now_s, False)
         for row in rows[self.parked[rows]].tolist():
             self.parked[row] = False
             self._enqueue(row)
@@ -776,8 +783,8 @@ class Pool:
             else:
                 self._charge(row, home)
         else:
-            one = np.array([row])
             self._moves(row, ask.tokens)
+            self.resume(np.array([row]), now_s)
             if avoid >= 0 and self.home[row] == avoid:
                 self._uncharge(row)
                 self.avoid[row] = avoid
@@ -785,7 +792,6 @@ class Pool:
             elif home is not None and self.home[row] not in (-1, home):
                 self._uncharge(row)
                 self._charge(row, home)
-            self.resume(one, now_s)
         self.deadline_s[row] = now_s + self.lease_s
         return self.home_of(ask.row_id)
 
