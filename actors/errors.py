@@ -80,7 +80,13 @@ class Incomplete(BerthError):
 
 
 class EngineError(BerthError):
-    """One request failed in the engine; other requests are unaffected."""
+    """One request failed in the engine; other requests are unaffected.
+
+    Attributes:
+        gpu_s: of the engine's busy seconds what the request had taken, as `Usage.gpu_s`; None where nobody knows.
+    """
+
+    gpu_s: float | None = None
 
 
 class ContextOverflow(EngineError):

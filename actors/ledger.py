@@ -146,7 +146,10 @@ class Ledger:
             Fenced: a higher attempt has taken the row over.
             EngineError: its pool cannot start.
         """
-        return self._home(ask, self._open(ask, self.core.ask(ask, time.monotonic())))
+        if (error := self.closed.get(ask.pool or "")) is not None:
+            self.end(ask.row_id, ask.attempt)
+            raise error
+        return self._home(ask, self.core.ask(ask, time.monotonic()))
 
     def replied(self, row_id: str, attempt: int, tokens: int) -> None:
         """A call is answered: the row holds so many tokens and waits for its tool."""
@@ -168,19 +171,12 @@ class Ledger:
         lease = self.core.lease(ask.row_id)
         if lease is not None and lease.attempt > ask.attempt:
             raise Fenced(f"attempt {lease.attempt} of {ask.row_id} has taken over from {ask.attempt}")
-        return self._home(ask, self._open(ask, lease))
-
-    def _open(self, ask: Ask, lease: Lease | None) -> Lease | None:
-        """The lease, unless the row's pool is closed: it leaves it then."""
-        error = self.closed.get(self.core.where[ask.row_id][0].name) if ask.row_id in self.core.where else None
-        if error is not None:
-            self.end(ask.row_id, ask.attempt)
-            raise error
-        return lease
+        return self._home(ask, lease)
 
     async def close(self, pool: str, error: EngineError) -> None:
-        """Rows that want this pool get the error from now on: it cannot start."""
+        """This pool cannot start: rows that were sent to it get the error, others go to the pools that are left."""
         self.closed[pool] = error
+        self.core.closed.add(pool)
         for waiting in self.waiting.values():  # all ask again
             if not waiting.done():
                 waiting.set_result(None)

@@ -852,6 +852,7 @@ class Placement:
     def __init__(self, pools: Mapping[str, int | None], *, lease_s: float = 900.0, aging_s: float = 300.0):
         self.declared = dict(pools)
         self.pools = {name: Pool(name, 256, lease_s=lease_s, aging_s=aging_s) for name in pools}
+        self.closed: set[str] = set()  # pools that cannot start: no row goes there that need not
         self.where: dict[str, tuple[Pool, bool]] = {}
         self._provisional: dict[str, set[str]] = {name: set() for name in pools}
 
@@ -877,9 +878,13 @@ class Placement:
         old = self.where.get(ask.row_id)
         pool, fits = old or self._choose(ask.forecast)
         if ask.pool is not None and ask.pool != pool.name:
-            if old:
-                pool.end(ask.row_id, ask.attempt)
             pool, fits = self.pools[ask.pool], True
+        elif ask.pool is None and pool.name in self.closed:
+            pool, fits = self._choose(ask.forecast)
+        if old and old[0] is not pool:
+            self.end(ask.row_id, ask.attempt)
+            if ask.row_id in self.where:
+                raise Fenced(f"a higher attempt of {ask.row_id} has taken over from {ask.attempt}")
         self.where[ask.row_id] = pool, fits
         pool.ask(ask, now_s)
         lease = self.lease(ask.row_id)
@@ -887,11 +892,12 @@ class Placement:
 
     def _choose(self, forecast: Forecast) -> tuple[Pool, bool]:
         """The first pool with a replica that the row alone does not outgrow, in 99 of 100 cases as far as its forecast
-        tells; else the largest. One that outgrows it goes on in the next."""
+        tells; else the largest. One that outgrows it goes on in the next. The smallest is never closed."""
         tokens = float(np.interp(0.99, LEVELS, quantiles_of(forecast)))
+        open_pools = {name: pool for name, pool in self.pools.items() if name not in self.closed}
         # A pool that has never had a replica may hold anything.
-        sizes = {name: pool.largest or self.declared[name] or np.inf for name, pool in self.pools.items()}
-        for name, pool in self.pools.items():
+        sizes = {name: pool.largest or self.declared[name] or np.inf for name, pool in open_pools.items()}
+        for name, pool in open_pools.items():
             if not pool.page_tokens or -(-tokens // pool.page_tokens) <= sizes[name]:
                 return pool, True
         return self.pools[max(sizes, key=sizes.__getitem__)], False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,9 @@ STEP_LIMIT_S = {"gpu": 120.0, "cpu": 600.0}
 """Seconds. On an H100 a prefill step of an 8B model takes under one; a CPU may be slow, and shared."""
 SILENT_LIMIT_S = 60.0
 """An engine's process that runs at all tells how it stands twice a second, whatever its step does."""
+TOLD_S = 30.0
+"""A rank that ends while the engine starts, for a reason that the ranks agree on, is no surprise to rank 0, which tells
+it: so long that may take."""
 
 
 class Replica:
@@ -50,11 +54,17 @@ class Replica:
         if spec.tp > 1:
             resolve(spec.model, spec.revision)  # once, and before a rank starts
             ranks = start_ranks(spec, threads)
+        self.stands = threading.Event()
+        watch(ranks, self._rank_ended)
         self.engine = EngineProcess(spec, threads, self._end)
         self.step_limit_s = spec.step_limit_s or STEP_LIMIT_S["gpu" if ray.get_gpu_ids() else "cpu"]
-        watch(ranks, self._end)
+        self.stands.set()
         self.reporter = Reporter(ledger, pool, self.id, self.engine)
         self.reporter.start()
+
+    def _rank_ended(self, why: str) -> None:
+        self.stands.wait(TOLD_S)
+        self._end(why)
 
     def _end(self, why: str) -> None:
         log.critical("%s; this process ends, so that Serve replaces it", why)

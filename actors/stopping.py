@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from actors.engine.protocol import Engine, Request
+from actors.errors import EngineError
 from actors.messages import Generation, Turn
 from actors.tokens import codec_of
 
@@ -154,6 +155,8 @@ class _Spoken(Future[Generation]):
                 return
         except BaseException as e:  # also that it was cancelled
             self._running = None
+            if self._before is not None and isinstance(e, EngineError) and e.gpu_s is not None:
+                e.gpu_s += self._before[0].usage.gpu_s
             if self.set_running_or_notify_cancel():
                 self.set_exception(e.with_traceback(None))  # whose frames hold this
             return

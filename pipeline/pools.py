@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,13 +44,20 @@ class Served:
     Attributes:
         pools: that have replicas or may get them, small ones first.
         numerics, capacity: of a replica of the smallest.
-        rung: `start`, or what of the fallback it took for the model to fit.
+        rungs: of the fallback that it took for the model to fit, in order: cause, rung, and where that leads.
+        gpus_per_node: of the largest node; None where nodes come as they are needed, or no GPUs are.
     """
 
     pools: tuple[Sized, ...]
     numerics: Numerics
     capacity: Capacity
-    rung: str = "start"
+    rungs: tuple[Mapping[str, str], ...] = ()
+    gpus_per_node: int | None = None
+
+    @property
+    def rung(self) -> str:
+        """On which all rows begin: `start`, or the last of those."""
+        return self.rungs[-1]["rung"] if self.rungs else "start"
 
     @property
     def replicas(self) -> int:
@@ -108,40 +115,61 @@ def deploy(
         Incomplete: no replica started, or the model fits no pool.
     """
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    chosen, spec, rung = config.pools, engine_spec(config), "start"
+    chosen, spec = config.pools, engine_spec(config)
+    rungs: list[Mapping[str, str]] = []
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
     while True:
         pools = sized(chosen, gpus)
+        on_node = largest_node() if bounded(pools[0]) else None
         if config.ray.address is None:
             _check_gpus(pools, gpus)
         try:
             first = _start(config, pools, spec, app, ledger)
         except OutOfMemory as e:
             dtype = "bfloat16" if spec.dtype == "auto" else spec.dtype
-            found = _next(config, pools, spec, dtype, e)
+            found = _next(config, pools, spec, dtype, e, on_node)
             if isinstance(found, GiveUp):
                 raise Incomplete(f"the model fits no pool: {e}; {found.reason}") from e
             why = str(e)
         else:
             numerics, capacity = first.describe.remote().result()
             short = _short(capacity, longest) if LOSSY & set(order(config.fallback)) else None
-            found = short and _next(config, pools, spec, numerics.dtype, short)
+            found = short and _next(config, pools, spec, numerics.dtype, short, on_node)
             if not isinstance(found, Rung) or not found.lossy:
-                return Served(pools, numerics, capacity, rung)
+                return Served(pools, numerics, capacity, tuple(rungs), on_node)
             why = str(short)
             serve.delete(app)
-        rung, at = found.name, found.standing
+        at = found.standing
+        where = {"dtype": at.dtype, "kv_dtype": at.kv_dtype, "weights_dtype": at.weights_dtype, "pool": at.pool}
+        rungs.append({"cause": why, "rung": found.name} | where)
         chosen = {name: pool for name, pool in chosen.items() if pool.tensor_parallel_size >= at.tp}
         spec = replace(
             spec,
-            dtype=at.dtype if rung == "half_precision" else spec.dtype,
+            dtype=at.dtype if found.name == "half_precision" else spec.dtype,
             kv_dtype=at.kv_dtype,
             quantization=None if at.weights_dtype == "auto" else at.weights_dtype,
         )
-        say(f"{why}; next: {rung}, {at.dtype}, KV {at.kv_dtype}, weights {at.weights_dtype} in pool {at.pool}")
+        say(f"{why}; next: {found.name}, {at.dtype}, KV {at.kv_dtype}, weights {at.weights_dtype} in pool {at.pool}")
 
 
-def _next(config: RunConfig, pools: Sequence[Sized], spec: EngineSpec, dtype: str, error: OutOfMemory) -> Rung | GiveUp:
+def bounded(smallest: Sized) -> bool:
+    """Whether a run shares the GPUs that there are, and asks for no more."""
+    return bool(smallest.gpus) and not smallest.by_load
+
+
+def largest_node() -> int:
+    """GPUs of the node that has most of them."""
+    return max((int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
+
+
+def _next(
+    config: RunConfig,
+    pools: Sequence[Sized],
+    spec: EngineSpec,
+    dtype: str,
+    error: OutOfMemory,
+    gpus_per_node: int | None,
+) -> Rung | GiveUp:
     """The fallback's next rung for the smallest pool, all of whose rows are to have the same precision."""
     offered = OFFERED
     if config.numerics == "invariant":
@@ -150,7 +178,7 @@ def _next(config: RunConfig, pools: Sequence[Sized], spec: EngineSpec, dtype: st
         offered -= {"kv_int8", "kv_fp8"}
     weights = spec.quantization or "auto"
     standing = Standing(pools[0].name, pools[0].tp, dtype=dtype, kv_dtype=spec.kv_dtype, weights_dtype=weights)
-    hardware = Hardware(gangs=tuple((pool.tp, pool.name) for pool in pools))
+    hardware = Hardware(gpus_per_node, gangs=tuple((pool.tp, pool.name) for pool in pools))
     return next_rung(error.stage, standing, hardware, config.fallback, offered=offered)
 
 
@@ -292,7 +320,7 @@ class Sharing:
         self.now = {pool.name: pool.first for pool in pools}
         self.turns = Turns()
         self.controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-        self.closed: set[str] = set()
+        self.closed: dict[str, EngineError] = {}
         self.empty_s: dict[str, float] = {}  # since when a pool that should have replicas has none, not even starting
 
     def step(self) -> dict[str, int]:
@@ -303,19 +331,23 @@ class Sharing:
         """
         found: Any = ray.get(self.ledger.pools.remote(), timeout=10)
         smallest = self.pools[0]
-        bounded = smallest.gpus and not smallest.by_load
-        gpus = int(ray.cluster_resources().get("GPU", 0)) if bounded else UNBOUNDED
+        gpus, on_node = UNBOUNDED, UNBOUNDED
+        if bounded(smallest):
+            gpus, on_node = int(ray.cluster_resources().get("GPU", 0)), largest_node()
         needs: list[Need] = []
         for pool in self.pools:
             rows, slots, up = found[pool.name]
-            short = pool is not smallest and up < self.now[pool.name]
-            if not short:
-                self.empty_s.pop(pool.name, None)
-            if short and pool.name not in self.closed:
-                self._check(pool)
-            rows = 0 if pool.name in self.closed else rows
-            unplaced = self._unplaced(pool) if short else 0
             each = pool.tp * max(1, pool.gpus)
+            short = pool is not smallest and up < self.now[pool.name]
+            too_large = pool is not smallest and rows > 0 and each > on_node
+            if not short and not too_large:
+                self.empty_s.pop(pool.name, None)
+            elif pool.name not in self.closed:
+                self._check(pool, f"a replica takes {each} GPUs of one node, the largest has {on_node}" * too_large)
+            elif rows:  # a ledger that was restarted does not know
+                self._close(pool, self.closed[pool.name])
+            rows = 0 if too_large or pool.name in self.closed else rows
+            unplaced = self._unplaced(pool) if short else 0
             needs.append(Need(pool.name, each, pool.least, pool.most, rows, slots, unplaced))
         wanted = self.turns.share(gpus, needs, time.monotonic())
         changes = {
@@ -328,20 +360,29 @@ class Sharing:
             self.now[name] = count
         return changes
 
-    def _check(self, pool: Sized) -> None:
-        """Close a pool that cannot start to the rows that wait for it."""
-        status = serve.status().applications[self.app].deployments[pool.name]
+    def _check(self, pool: Sized, too_large: str) -> None:
+        """Close a pool that cannot start to the rows that wait for it.
+
+        Args:
+            too_large: why no node can hold a replica, or empty.
+        """
         now_s = time.monotonic()
-        if any(status.replica_states.values()):
+        status = serve.status().applications[self.app].deployments[pool.name]
+        if any(status.replica_states.values()) and not too_large:
             self.empty_s[pool.name] = now_s
-        # Serve gives up after some tries, and says so only of a deployment that it scales itself.
+        # Serve gives up after some tries, and says so only of a deployment that it scales itself. A node may come back.
         gave_up = now_s - self.empty_s.setdefault(pool.name, now_s) > GAVE_UP_S
-        if status.status in FAILED or gave_up:
+        if too_large and gave_up:
+            self._close(pool, OutOfMemory(too_large, "load"))
+        elif not too_large and (gave_up or status.status in FAILED):
             error = failure(status.message)
             if not isinstance(error, EngineError):
                 error = EngineDead(f"pool {pool.name} cannot start; the log of Serve's controller says why")
-            ray.get(self.ledger.close.remote(pool.name, error), timeout=10)
-            self.closed.add(pool.name)
+            self._close(pool, error)
+
+    def _close(self, pool: Sized, error: EngineError) -> None:
+        ray.get(self.ledger.close.remote(pool.name, error), timeout=10)
+        self.closed[pool.name] = error
 
     def _unplaced(self, pool: Sized) -> int:
         prefix = f"SERVE_REPLICA::{self.app}#{pool.name}#"

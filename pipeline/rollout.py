@@ -81,6 +81,7 @@ class Job:
         capacity: sizes of one replica of the smallest pool.
         pools: ranks of a replica of each pool, small ones first.
         rung: of the fallback that the whole run stands on, or `start`.
+        gpus_per_node: see `Served`.
         concurrent: trajectories one agent actor rolls out at once.
         forecaster: what past runs have taught; each agent goes on learning with its own.
     """
@@ -93,6 +94,7 @@ class Job:
     app: str
     pools: Mapping[str, int]
     rung: str
+    gpus_per_node: int | None
     concurrent: int
     forecaster: Forecaster
 
@@ -259,7 +261,6 @@ class Attempts:
         self.wanted: str | None = None if len(self.job.pools) > 1 else next(iter(self.job.pools))
         self.pool = self.wanted  # that served it last
         self.tries = 0
-        self.gpu_s = 0.0  # of this attempt
         self.device: DeviceBytes | None = None  # of its last call
 
     async def begin(self) -> Begin:
@@ -269,7 +270,7 @@ class Attempts:
         pages = own_pages(self.forecast.p95_tokens, self.forecast.shared_tokens, sizes.page_tokens)
         self.predicted_bytes = pages * sizes.page_tokens * sizes.kv_bytes_token or None
         begun = await self.agents.record("begin", self.task.row_id, self.wanted, self.rung, self.predicted_bytes)
-        self.attempt, self.gpu_s, self.device = begun.attempt, 0.0, None
+        self.attempt, self.device = begun.attempt, None
         self.tries += begun.wait_s is None
         return begun
 
@@ -379,14 +380,16 @@ class Attempts:
             except (RayError, RayServeException) as e:
                 cause = e
             else:
-                self.replica, self.numerics = reply.replica, reply.numerics
-                self.gpu_s += reply.generation.usage.gpu_s
+                self.replica, self.numerics = reply.replica, self._together(reply.numerics)
                 self.device = reply.device
-                return reply.generation
+                usage = reply.generation.usage
+                return replace(reply.generation, usage=replace(usage, gpu_s=reply.numerics.tp * usage.gpu_s))
             said = f"{type(cause).__name__}: {cause}".splitlines()[0]
             self.lease.failed(self.home)
             failed = (self.task.row_id, self.attempt, self.home or self.replica)
-            await self.agents.record("fail", *failed, said, self.gpu_s, self.pool, self.device)
+            lost_s = getattr(cause, "gpu_s", None)
+            lost_gpu_s = lost_s and lost_s * self.job.pools[self.pool or next(iter(self.job.pools))]
+            await self.agents.record("fail", *failed, said, lost_gpu_s, self.pool, self.device)
             await asyncio.sleep(RETRY_S)
             while (begun := await self.begin()).wait_s is not None:
                 await asyncio.sleep(begun.wait_s)
@@ -394,6 +397,13 @@ class Attempts:
                 raise _Stopped
             if begun.exhausted:
                 raise EngineDead(f"{begun.attempt} attempts ended without an answer; the last: {said}") from cause
+
+    def _together(self, numerics: Numerics) -> Numerics:
+        """Of all calls so far, the last of which had these. Nobody can repeat a row of two numerics, nor one whose pool
+        was chosen by what had been learned by then."""
+        before, alone = self.numerics or numerics, len(self.job.pools) == 1
+        same = replace(before, reproducible=True) == replace(numerics, reproducible=True)
+        return replace(numerics, reproducible=alone and same and before.reproducible and numerics.reproducible)
 
     def _climb(self, error: OutOfMemory) -> None:
         """Where the next attempt runs.
@@ -406,7 +416,7 @@ class Attempts:
         found = next_rung(
             error.stage,
             Standing(pool, sizes[pool], attempts=self.tries),
-            Hardware(gangs=tuple((size, name) for name, size in sizes.items())),
+            Hardware(self.job.gpus_per_node, gangs=tuple((size, name) for name, size in sizes.items())),
             self.job.config.fallback,
             offered=FOR_A_ROW,
             max_attempts=self.job.config.limits.max_attempts,
@@ -568,6 +578,7 @@ def plan_agents(prepared: Prepared, forecaster: Forecaster, app: str, served: Se
         app=app,
         pools={pool.name: pool.tp for pool in served.pools},
         rung=served.rung,
+        gpus_per_node=served.gpus_per_node,
         concurrent=-(-sum(pool.most for pool in served.pools) * ledger.slots(served.capacity) // agents),
         forecaster=forecaster,
     )

@@ -313,6 +313,7 @@ def roll_out(prepared: Prepared, learned: Forecaster, info: dict[str, Any], scre
             same_precision(info, numerics, len(done), config.out)
             info["numerics"] = asdict(numerics)
             info["gpus"] = rollout.cluster_gpus()
+            info["rungs_at_start"] = list(served.rungs)
             info["kv_page_bytes"] = capacity.kv_bytes_token * capacity.page_tokens
             write_json(info, f"{config.out}/run.json")
             job, agents = rollout.plan_agents(prepared, learned, app, served)

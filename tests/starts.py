@@ -8,12 +8,13 @@ with warnings.catch_warnings():
     from pipeline import pools
 
 
-def deployed(monkeypatch, config, describe, longest=0):
+def deployed(monkeypatch, config, describe, longest=0, on_node=2):
     """`pools.deploy` on two made-up GPUs.
 
     Args:
         describe: (pool, spec) → numerics and capacity of a replica; raises where it does not start.
         longest: tokens of the longest row.
+        on_node: GPUs of the largest node.
 
     Returns:
         what is served; pool and spec of each start; what was said.
@@ -27,6 +28,7 @@ def deployed(monkeypatch, config, describe, longest=0):
 
     monkeypatch.setattr(pools, "_start", start)
     monkeypatch.setattr(pools.ray, "cluster_resources", lambda: {"GPU": 2})
+    monkeypatch.setattr(pools, "largest_node", lambda: on_node)
     monkeypatch.setattr(pools.serve, "start", lambda **_: None)
     monkeypatch.setattr(pools.serve, "delete", lambda _: None)
     served = pools.deploy(config, "app", "ledger", said.append, lambda: longest)

@@ -156,7 +156,7 @@ class _Row:
         self._settle(Generation(tuple(self.token_ids), reason, usage, logprobs))
 
     def fail(self, error: EngineError, cause: BaseException | None = None) -> None:
-        error.__cause__ = cause
+        error.__cause__, error.gpu_s = cause, self.gpu_s
         self._settle(error)
 
     def _settle(self, outcome: Generation | EngineError) -> None:

@@ -81,7 +81,7 @@ class Row:
 
     def fail(self, error: EngineError, cause: BaseException | None = None) -> None:
         """The row leaves with an error."""
-        error.__cause__ = cause
+        error.__cause__, error.gpu_s = cause, self.gpu_s
         if self.claim():
             self.future.set_exception(error)
 

@@ -101,3 +101,19 @@ def test_a_lost_rank_rebuilds_the_gang_and_loses_no_row(tmp_path, model, victim,
     attempts = pd.read_parquet(out / "attempts")
     assert (attempts["outcome"] == "ok").sum() == rows
     assert 0 < (attempts["outcome"] != "ok").sum() <= 2 * 8
+
+
+def test_a_rank_that_is_lost_while_the_gang_starts_is_found_then(tmp_path, model):
+    out = tmp_path / "out"
+    with subprocess.Popen(
+        sharded(out, model, 6), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        wait_for(lambda: children(process.pid, "ray::Rank"))
+        [target] = children(process.pid, "ray::Rank")
+        target.kill()
+        killed = time.monotonic()
+        wait_for(lambda: [one for one in children(process.pid, "ray::Rank") if one.pid != target.pid])
+        print(json.dumps({"another_rank_s": time.monotonic() - killed}))
+        output = process.communicate(timeout=900)[0].decode()
+    assert process.returncode == 0, output
+    check(out, 6)

@@ -12,7 +12,7 @@ import pytest
 from ray.exceptions import ActorDiedError, RayError
 
 from actors.engine.protocol import Capacity, EngineSpec, Request
-from actors.errors import NotHome
+from actors.errors import EngineDead, NotHome, OutOfMemory
 from actors.ledger import Ledger, Report
 from actors.messages import FORECAST_LEVELS, Call, Forecast, Reply, Sampling, Stage, Turn
 from actors.stopping import TurnMatcher
@@ -45,9 +45,11 @@ class Handle:
         refuse: replica → how often it is not the home of what it is asked.
         breaks: what ends each message before its first answer; None: nothing.
         culprits: rows whose calls fail alone too, so often.
+        errors: row → what the engine answers to its first calls; None: what it would.
     """
 
-    def __init__(self, engine: ScriptedEngine):
+    def __init__(self, engine: ScriptedEngine, tp: int = 1):
+        self.numerics, self.errors = replace(engine.numerics, tp=tp, reproducible=True), {}
         self.engine, self.calls, self.ended, self.refuse = engine, [], [], Counter()
         self.breaks, self.culprits, self.alone = None, Counter(), []
         self.generate_many = SimpleNamespace(remote=self._generate_many)
@@ -78,9 +80,12 @@ class Handle:
         if self.refuse[call.home]:
             self.refuse[call.home] -= 1
             return NotHome()
+        if (errors := self.errors.get(call.row_id)) and (error := errors.pop(0)) is not None:
+            return error
         matcher = TurnMatcher(call.turn, self.engine.tokenizer)
         request = Request(call.token_ids, call.row_id, call.turn.max_tokens, call.sampling, matcher=matcher)
-        return Reply(await asyncio.wrap_future(self.engine.submit(request)), call.home, self.engine.numerics)
+        answer = await asyncio.wrap_future(self.engine.submit(request))
+        return Reply(replace(answer, usage=replace(answer.usage, gpu_s=1.0)), call.home, self.numerics)
 
     async def _end(self, row_ids):
         self.ended += row_ids
@@ -92,8 +97,9 @@ class Local(rollout.Agents):
     def __init__(self, prepared, job, folder, engine):
         self.job, self.tokenizer, self.tools, self.scorers = job, prepared.tokenizer, prepared.tools, prepared.scorers
         self.threads, self.scoring, self.running, self.rolled = ToolThreads(), ThreadPoolExecutor(1), None, set()
-        self.forecaster, self.handles = job.forecaster, {"single": Handle(engine)}
-        self.books = Ledger({"single": None})
+        self.forecaster = job.forecaster
+        self.handles = {pool: Handle(engine, tp) for pool, tp in job.pools.items()}
+        self.books = Ledger(dict.fromkeys(job.pools))
         self.ledger = SimpleNamespace(
             **{name: SimpleNamespace(remote=getattr(self.books, name)) for name in ("do", "acquire")}
         )
@@ -115,18 +121,19 @@ PREPARED: dict = {}
 
 @pytest.fixture(scope="module")
 def agents(tmp_path_factory):
-    """Makes Agents of 6 rows with this forecaster."""
+    """Makes Agents of 6 rows with this forecaster, over a pool `single` and others of so many ranks."""
     folder = tmp_path_factory.mktemp("suite")
     prepared = prepare(load_run(write_run(folder, 6)))
     PREPARED["rows"] = list(order(prepared.rows.tasks, untaught(prepared), prepared.prompt_tokens))
     PREPARED["tasks"] = [task for task, _ in PREPARED["rows"]]
     engine = ScriptedEngine(EngineSpec("smollm2-135m"))
 
-    def make(forecaster: Forecaster | None = None) -> Local:
+    def make(forecaster: Forecaster | None = None, **pools: int) -> Local:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rollout, "ray", SimpleNamespace(cluster_resources=lambda: {"CPU": 2}))
             sizes = Capacity(8192, 8, kv_bytes_token=100, page_tokens=16)
-            served = Served(sized({"single": Pool()}, 0), engine.numerics, sizes)
+            made = {name: Pool(tensor_parallel_size=tp) for name, tp in ({"single": 1} | pools).items()}
+            served = Served(sized(made, 0), engine.numerics, sizes)
             job, _ = rollout.plan_agents(prepared, forecaster or untaught(prepared), "app", served)
         return Local(prepared, job, tmp_path_factory.mktemp("journal"), engine)
 
@@ -225,6 +232,53 @@ async def test_calls_that_went_with_their_replica_count_as_attempts(agents, monk
     assert set(table["attempts"].to_pylist()) == {made.job.config.limits.max_attempts}
     if isinstance(gone, ActorDiedError):
         assert not handle.alone
+
+
+async def test_a_row_says_that_its_calls_were_computed_in_two_ways_and_what_the_lost_one_cost(agents, monkeypatch):
+    monkeypatch.setattr(rollout, "RETRY_S", 0.01)
+    made, failed = agents(pair=2), []
+    moved, lost, *_ = (task.row_id for task in PREPARED["tasks"])
+    here, there = OutOfMemory("it does not fit", "decode"), EngineDead("a rank is lost")
+    here.gpu_s, there.gpu_s = 0.25, 0.5
+    made.handles["single"].errors = {moved: [None, here]}
+    made.handles["pair"].errors = {moved: [there]}
+    record = made.record
+
+    def listened(*told):
+        if told[0] == "fail":
+            failed.append(told)
+        return record(*told)
+
+    made.record = listened
+    table = await made.run(ROOM, Report("pair", "r1", 400, 16, 64))
+    rows = {row["row_id"]: row for row in table.to_pylist()}
+    assert set(table["status"].to_pylist()) == {"ok"}
+    assert [(told[1], told[5], told[6]) for told in failed] == [(moved, 0.25, "single"), (moved, 2 * 0.5, "pair")]
+    assert [rows[moved][name] for name in ("pool", "rung", "tp", "attempts")] == ["pair", "shard", 2, 3]
+    assert rows[lost]["tp"] == 1
+    steps = len(rows[moved]["trajectory"])
+    assert rows[moved]["gpu_s"] == 1 + 2 * (steps - 1)
+    # The pool is chosen by forecasts, which differ from run to run.
+    assert set(table["reproducible"].to_pylist()) == {False}
+    alone = agents()
+    assert set((await alone.run())["reproducible"].to_pylist()) == {True}
+
+
+async def test_a_row_of_two_numerics_is_not_reproducible(agents):
+    made = agents()
+    handle, changed = made.handles["single"], PREPARED["tasks"][0].row_id
+    generate = handle._generate
+
+    async def other_gpu(call):
+        reply = await generate(call)
+        second = call.row_id == changed and sum(one.row_id == changed for one in handle.calls) > 1
+        return replace(reply, numerics=replace(reply.numerics, kernel="another")) if second else reply
+
+    handle._generate = other_gpu
+    table = await made.run()
+    rows = {row["row_id"]: row for row in table.to_pylist()}
+    assert {row_id for row_id, row in rows.items() if not row["reproducible"]} == {changed}
+    assert rows[changed]["kernel"] == "another"
 
 
 async def test_lines_to_replicas_that_are_gone_are_dropped(agents):

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from actors.engine.protocol import Capacity
-from actors.errors import Fenced
+from actors.errors import Fenced, OutOfMemory
 from actors.ledger import Leased, Ledger, Report, Reporter
 from actors.messages import Call, Sampling, Turn, Usage
+from actors.placement import LEVELS
 from pipeline.batched import Batched
 from tests.unit.test_placement import PAGE, ask, forecast
 
@@ -111,6 +112,24 @@ def test_a_pool_is_refilled_at_the_rate_of_the_device_not_of_each_row():
     for _ in range(8):  # in one step of 0.8 s
         reporter.answered(call, Usage(2_000, 2_000, prefill_s=0.8, gpu_s=0.2, prefill_gpu_s=0.1))
     assert reporter.report().refill_s == pytest.approx(50 * PAGE / 20_000)
+
+
+async def test_rows_go_on_without_a_pool_that_cannot_start():
+    """Those that were sent there by the fallback are told; those that only might outgrow the smaller one stay in it."""
+    made = Ledger({"single": None, "pair": None}, dead_s=60.0)
+    await made.report(Report("single", "r0", 20, PAGE, 9))
+    giant = forecast(growth=[100_000] * len(LEVELS))
+    actor = SimpleNamespace(acquire=SimpleNamespace(remote=made.acquire))
+    leases = {pool: Leased(actor, batched(made), f"{pool}", "s") for pool in ("pair", None)}
+    waiting = {pool: asyncio.create_task(one.acquire(1, giant, 1_800, pool)) for pool, one in leases.items()}
+    await asyncio.sleep(0.05)
+    assert (await made.pools())["pair"][0] == 2
+    await made.close("pair", OutOfMemory("no node is as large", "load"))
+    with pytest.raises(OutOfMemory, match="no node is as large"):
+        await waiting["pair"]
+    lease = await waiting[None]
+    assert (lease.pool, lease.replica, lease.fits) == ("single", "r0", False)
+    assert [rows for rows, _, _ in (await made.pools()).values()] == [1, 0]
 
 
 async def test_leases_that_no_agent_renews_make_room():

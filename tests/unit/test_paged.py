@@ -448,6 +448,7 @@ def test_only_the_culprit_leaves(phase):
             bad.result(TIMEOUT_S)
         assert isinstance(caught.value.__cause__, FakeOOM)
         assert caught.value.stage == phase
+        assert (caught.value.gpu_s > 0) == (phase == "decode"), "what its prefill took; steps that fail are nobody's"
         assert paged.events["culprits"] == 1
         assert not runner.graphs
         assert runner.resizes == [150]
@@ -472,7 +473,7 @@ def test_what_the_whole_pool_cannot_hold_is_refused_with_its_bytes_and_crosses_p
         answer(paged, "a", [1] * 30, 12)
     sent = pickle.loads(pickle.dumps(caught.value))
     assert str(sent) == "may need KV of 41 tokens, the whole pool holds 40"
-    assert (sent.stage, sent.needed_bytes, sent.free_bytes) == ("never_fits", 410, 400)
+    assert (sent.stage, sent.needed_bytes, sent.free_bytes, sent.gpu_s) == ("never_fits", 410, 400, 0.0)
 
 
 def test_a_pool_that_cannot_come_back_is_the_end():

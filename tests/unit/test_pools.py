@@ -6,7 +6,8 @@ import pytest
 
 from actors.engine.protocol import Capacity
 from actors.errors import Incomplete, OutOfMemory
-from pipeline.config import RunConfig
+from pipeline.config import Pool, RunConfig
+from pipeline.sharing import sized
 from tests import starts
 from tests.starts import pools
 
@@ -14,7 +15,7 @@ SINGLE_AND_PAIR = {"single": {}, "pair": {"tensor_parallel_size": 2}}
 ANY, HALF = ("float32", "bfloat16"), ("bfloat16",)
 
 
-def deployed(monkeypatch, fits, **changes):
+def deployed(monkeypatch, fits, on_node=2, **changes):
     """What `deploy` gives and says, and what it tried, where replicas of the ranks in `fits` start in those dtypes."""
     roomy = SimpleNamespace(dtype="float32"), Capacity(8192, 8, 10, 100, 100, 0, 256)
 
@@ -24,7 +25,7 @@ def deployed(monkeypatch, fits, **changes):
         return roomy
 
     fields = {"suite": "s", "out": "o", "model": {"id": "m", "dtype": "float32"}, "pools": SINGLE_AND_PAIR} | changes
-    served, tried, said = starts.deployed(monkeypatch, RunConfig.model_validate(fields), describe)
+    served, tried, said = starts.deployed(monkeypatch, RunConfig.model_validate(fields), describe, on_node=on_node)
     return served, [(pool.name, spec.dtype) for pool, spec in tried], said
 
 
@@ -76,6 +77,22 @@ def test_a_model_that_fits_nowhere_stops_the_run_with_every_reason(monkeypatch):
         assert words in str(caught.value)
 
 
+def test_a_gang_that_no_node_can_hold_is_passed_over(monkeypatch):
+    with pytest.raises(Incomplete, match="shard: 2 GPUs on a node are wanted, there are 1"):
+        deployed(monkeypatch, {2: ANY}, on_node=1, ray={"address": "auto"})
+    assert deployed(monkeypatch, {2: ANY})[0].gpus_per_node == 2
+    ranged = {"single": {"replicas": {"min": 1, "max": 2}}, "pair": {"tensor_parallel_size": 2}}
+    assert deployed(monkeypatch, {2: ANY}, on_node=1, pools=ranged, ray={"address": "auto"})[0].rung == "shard"
+
+
+def test_what_was_tried_at_the_start_is_kept_with_its_cause(monkeypatch):
+    served, _, said = deployed(monkeypatch, {2: HALF}, fallback="memory_first")
+    assert [rung["rung"] for rung in served.rungs] == ["half_precision", "shard"]
+    for rung, line in zip(served.rungs, said, strict=True):
+        assert line.startswith(f"{rung['cause']}; next: {rung['rung']}, {rung['dtype']}, ")
+    assert served.rungs[1]["cause"] == "the weights do not fit 1 GPUs"
+
+
 def test_an_invariant_run_never_leaves_its_precision(monkeypatch):
     served, tried, _ = deployed(monkeypatch, {2: ANY}, fallback="memory_first", numerics="invariant")
     assert tried == [("single", "float32"), ("pair", "float32")]
@@ -97,3 +114,62 @@ def test_what_is_recorded_of_an_out_of_memory_goes_to_the_run():
         changed = config.model_dump() | {"memory": {"record_oom": written}}
         spec = pools.engine_spec(RunConfig.model_validate(changed))
         assert (spec.record_oom, spec.oom_folder) == (meant, "/runs/mine/oom")
+
+
+class Cluster:
+    """Serve, Ray and the ledger as `Sharing` sees them: GPUs by node, rows by pool, and the pools that were closed."""
+
+    def __init__(self, monkeypatch, *nodes, **rows):
+        self.nodes, self.rows, self.now_s, self.up, self.closed = list(nodes), rows, 0.0, {"single": 2, "pair": 0}, []
+        actor = SimpleNamespace(
+            pools=self._remote(lambda: {name: (self.rows.get(name, 0), None, up) for name, up in self.up.items()}),
+            close=self._remote(lambda pool, error: self.closed.append((pool, str(error)))),
+            update_deployment_replicas=self._remote(lambda deployment, count: None),
+        )
+        ray = SimpleNamespace(
+            get=lambda found, timeout=None: found,
+            get_actor=lambda *_, **__: actor,
+            cluster_resources=lambda: {"GPU": float(sum(self.nodes))},
+            nodes=lambda: [{"Alive": True, "Resources": {"GPU": float(gpus)}} for gpus in self.nodes],
+        )
+        monkeypatch.setattr(pools, "ray", ray)
+        monkeypatch.setattr(pools.time, "monotonic", lambda: self.now_s)
+        monkeypatch.setattr(pools, "placement_group_table", dict)
+        idle = SimpleNamespace(replica_states={}, status="UPDATING", message="")
+        status = SimpleNamespace(applications={"app": SimpleNamespace(deployments={"single": idle, "pair": idle})})
+        monkeypatch.setattr(pools.serve, "status", lambda: status)
+        configs = {name: Pool(num_gpus=1, **fields) for name, fields in SINGLE_AND_PAIR.items()}
+        self.sharing = pools.Sharing("app", sized(configs, int(sum(nodes))), actor)
+
+    @staticmethod
+    def _remote(call):
+        return SimpleNamespace(remote=call)
+
+    def step(self, seconds=1.0):
+        self.now_s += seconds
+        return self.sharing.step()
+
+
+def test_nothing_is_drained_for_a_gang_that_no_node_can_hold_and_its_rows_are_told(monkeypatch):
+    cluster = Cluster(monkeypatch, 1, 1, single=50, pair=1)
+    assert [cluster.step() for _ in range(29)] == [{}] * 29
+    assert not cluster.closed
+    cluster.step(5.0)
+    assert cluster.closed == [("pair", "a replica takes 2 GPUs of one node, the largest has 1")]
+    cluster.step()
+    assert len(cluster.closed) == 2, "a ledger that was restarted is told again, as long as rows wait there"
+    cluster.rows["pair"] = 0
+    cluster.step()
+    assert len(cluster.closed) == 2
+
+
+def test_a_node_that_comes_back_in_time_gets_its_gang(monkeypatch):
+    cluster = Cluster(monkeypatch, 1, 1, single=50, pair=1)
+    for _ in range(20):
+        cluster.step()
+    cluster.nodes.append(2)
+    cluster.up["single"] = 4
+    assert cluster.step()["pair"] == 1
+    for _ in range(20):
+        cluster.step()
+    assert not cluster.closed

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from actors.actions import LINE_END, MARKER, STOPS
 from actors.engine.protocol import Request
+from actors.errors import OutOfMemory
 from actors.messages import Generation, Stage, Turn, Usage
 from actors.stopping import TurnMatcher, speak
 from actors.tokens import codec_of
@@ -123,13 +124,18 @@ class Says:
     asked: list[Request] = field(default_factory=list)
 
     def submit(self, request: Request) -> Future[Generation]:
+        future = Future[Generation]()
+        if len(self.asked) == len(self.texts):
+            error = OutOfMemory("no more")
+            error.gpu_s = 0.5
+            future.set_exception(error)
+            return future
         ids = self.tokenizer.encode(self.texts[len(self.asked)], add_special_tokens=False)
         self.asked.append(request)
         assert request.matcher is not None
         end = next((k for k in range(0, len(ids), self.run) if request.matcher(ids[k : k + self.run])), len(ids))
         ids = tuple(ids[: end + self.run])
-        future = Future[Generation]()
-        usage = Usage(len(request.token_ids), 5, len(request.token_ids) - 5, len(ids))
+        usage = Usage(len(request.token_ids), 5, len(request.token_ids) - 5, len(ids), gpu_s=0.25)
         future.set_result(Generation(ids, "stop", usage))
         return future
 
@@ -151,6 +157,12 @@ def test_a_label_is_written_behind_a_line(tokenizer: Any) -> None:
     assert (usage.prompt_tokens, usage.prefilled, usage.reused) == (20, 10, 15)
     assert second.max_tokens == FORCED.max_tokens - (len(said) - label)
     assert generation.finish_reason == "stop"
+
+
+def test_a_call_that_fails_behind_a_label_has_lost_what_was_said_before_it(tokenizer: Any) -> None:
+    with pytest.raises(OutOfMemory) as caught:
+        spoken(tokenizer, [" I look.\n"])
+    assert caught.value.gpu_s == 0.75
 
 
 @pytest.mark.parametrize(
