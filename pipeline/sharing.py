@@ -112,12 +112,13 @@ class Turns:
     """`share` over time: pools take turns, so that none waits for ever and starting a model stays a small part.
 
     A larger pool keeps its GPUs while it has rows. When it has given them back, the smallest pool has them for at least
-    as long as it went without, if it has rows.
+    as long as it went without, if it has rows. Where there are GPUs for both, nobody waits.
     """
 
     def __init__(self) -> None:
         self._busy_s: dict[str, float] = {}  # when a pool last had a row
-        self._since_s: float | None = None  # since when a larger pool has more than its least
+        self._working = False  # a larger pool has more than its least
+        self._since_s: float | None = None  # since when, where the smallest pool goes without for it
         self._until_s = float("-inf")  # the smallest pool's turn
         self._spare, self._unplaced_s = 0, 0.0
 
@@ -127,20 +128,20 @@ class Turns:
         for need in larger:
             if need.rows:
                 self._busy_s[need.name] = now_s
-        waits = self._since_s is None and now_s < self._until_s and smallest.rows > 0
+        waits = not self._working and now_s < self._until_s and smallest.rows > 0
         asked = [smallest, *(replace(need, rows=0 if waits else self._rows(need, now_s)) for need in larger)]
         if not any(need.unplaced for need in larger):
             self._spare, self._unplaced_s = 0, now_s
         elif now_s - self._unplaced_s > PATIENCE_S:
             self._spare, self._unplaced_s = self._spare + 1, now_s
         found = share(gpus, asked, self._spare)
-        working = any(found[need.name] > need.least for need in larger)
-        if working and self._since_s is None:
+        self._working = any(found[need.name] > need.least for need in larger)
+        if self._working and self._since_s is None and found[smallest.name] < smallest.most:
             self._since_s = now_s
-        elif not working and self._since_s is not None:
+        elif not self._working and self._since_s is not None:
             self._until_s, self._since_s = 2 * now_s - self._since_s, None
         return found
 
     def _rows(self, need: Need, now_s: float) -> int:
-        lingers = self._since_s is not None and now_s - self._busy_s.get(need.name, float("-inf")) < LINGER_S
+        lingers = self._working and now_s - self._busy_s.get(need.name, float("-inf")) < LINGER_S
         return max(need.rows, int(lingers))

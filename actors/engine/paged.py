@@ -483,7 +483,7 @@ class PagedEngine:
     def _recover(self, work: list[Work], error: Exception) -> None:
         """A step failed: change one thing, so that the next plan is easier; or let its only row go."""
         oom, scheduler, runner = is_out_of_memory(error, self._works), self.scheduler, self._runner
-        if not oom and _is_fatal(error):
+        if not oom and _is_fatal(error, self._works):
             raise EngineDead(f"{type(error).__name__}: {error}") from error
         if not work:
             return
@@ -569,6 +569,8 @@ def _event(work: list[Work], oom: bool) -> str:
     return "oom_prefill" if any(part.prefill for part in work) else "oom_decode"
 
 
-def _is_fatal(error: Exception) -> bool:
-    """The CUDA context is gone: every later call would fail too."""
-    return isinstance(error, EngineDead) or "CUDA error" in str(error) or "NCCL error" in str(error)
+def _is_fatal(error: Exception, works: Callable[[], bool]) -> bool:
+    """The CUDA context is gone: every later call would fail too. Triton and the driver have their own words for it."""
+    said = str(error)
+    told = "CUDA error" in said or "NCCL error" in said
+    return told or isinstance(error, EngineDead) or ("CUDA" in said and not works())

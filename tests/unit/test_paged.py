@@ -471,9 +471,10 @@ def test_a_smaller_pool_helps_and_everything_is_computed_again():
 def test_what_the_whole_pool_cannot_hold_is_refused_with_its_bytes_and_crosses_processes():
     with engine(num_pages=11) as (paged, _), pytest.raises(OutOfMemory) as caught:
         answer(paged, "a", [1] * 30, 12)
+    caught.value.gpu_s = 0.5
     sent = pickle.loads(pickle.dumps(caught.value))
     assert str(sent) == "may need KV of 41 tokens, the whole pool holds 40"
-    assert (sent.stage, sent.needed_bytes, sent.free_bytes, sent.gpu_s) == ("never_fits", 410, 400, 0.0)
+    assert (sent.stage, sent.needed_bytes, sent.free_bytes, sent.gpu_s) == ("never_fits", 410, 400, 0.5)
 
 
 def test_a_pool_that_cannot_come_back_is_the_end():
@@ -525,13 +526,14 @@ def test_a_poisonous_row_fails_alone():
         assert runner.resizes == []
 
 
-def test_a_dead_context_fails_everything():
+@pytest.mark.parametrize("by", ["CUDA error", "Triton Error [CUDA]", "CUDA driver error"])
+def test_a_dead_context_fails_everything(by):
     died, fail = [], [False]
 
     def dead(rows):
-        return RuntimeError("CUDA error: an illegal memory access was encountered") if fail[0] else None
+        return RuntimeError(f"{by}: an illegal memory access was encountered") if fail[0] else None
 
-    with engine(fail=dead, on_dead=died.append) as (paged, runner):
+    with engine(fail=dead, on_dead=died.append, works=lambda: False) as (paged, runner):
         runner.gate.clear()
         futures = [paged.submit(request(f"{i}", [1], 50)) for i in range(5)]
         fail[0] = True
@@ -543,6 +545,20 @@ def test_a_dead_context_fails_everything():
         assert paged.dead
         with pytest.raises(EngineDead, match="dead"):
             answer(paged, "late", [1])
+
+
+def test_a_kernel_that_does_not_start_on_a_context_that_works_costs_its_row_alone():
+    def fail(rows):
+        if any(row.sampling.seed == 77 for row in rows):
+            return RuntimeError("Triton Error [CUDA]: invalid argument")
+        return None
+
+    with engine(fail=fail, works=lambda: True) as (paged, _):
+        bad = paged.submit(request("bad", [1, 2, 3], seed=77))
+        all_right(paged, prompts(10, random.Random(10)))
+        with pytest.raises(EngineError, match="invalid argument"):
+            bad.result(TIMEOUT_S)
+        assert not paged.dead
 
 
 def test_old_trajectories_go_first():

@@ -152,3 +152,12 @@ def test_why_no_replica_started():
     other = failure(said + "OSError: disk\n")
     assert isinstance(other, Incomplete)
     assert "OSError: disk" in str(other)
+
+
+def test_where_nothing_is_drained_a_second_gang_does_not_wait_for_a_turn():
+    turns, busy = Turns(), replace(PAIR, rows=1)
+    assert turns.share(1 << 20, [SINGLE, busy], 0) == {"single": 2, "pair": 1}
+    assert turns.share(1 << 20, [SINGLE, busy], 300)["pair"] == 1
+    assert turns.share(1 << 20, [SINGLE, PAIR], 300 + LINGER_S - 1)["pair"] == 1
+    assert turns.share(1 << 20, [SINGLE, PAIR], 300 + LINGER_S)["pair"] == 0
+    assert turns.share(1 << 20, [SINGLE, busy], 307)["pair"] == 1
