@@ -6,6 +6,9 @@ sharded    a model that fits no single GPU, by a cap, starts on two: tokens equa
 long       one row too long for one GPU among many on two GPUs; and the same run without it
 nowhere    a row that fits nowhere fails with its numbers, its neighbours complete
 alone      a row whose own steps run out of memory at the smallest bound fails, its neighbours complete; on a CPU only
+half       `memory_first`: a model that fits in half precision only; on a GPU only
+eight      `memory_first`: the longest row's KV fits in int8 only; on a GPU only
+stopped    a model that fits nowhere stops the run with the reasons, exit code 3
 lost       as `sharded`, with its tokens; in its middle kill -9 of rank 1, of rank 0 (the engine's process) and of the
            replica, and SIGSTOP of rank 1
 
@@ -231,14 +234,14 @@ def steps_of(frame: pd.DataFrame) -> dict[str, list[tuple[str, str]]]:
 
 
 Case = Callable[[Bench], Found]
-CASES: dict[str, tuple[Case, float]] = {}
+CASES: dict[str, tuple[Case, float, str]] = {}
 
 
-def case(timeout_s: float) -> Callable[[Case], Case]:
-    """Enter a function into the table; on two GPUs it takes at most so long."""
+def case(timeout_s: float, on: str = "cpu cuda") -> Callable[[Case], Case]:
+    """Enter a function into the table; on GPUs it takes at most so long."""
 
     def enter(made: Case) -> Case:
-        CASES[made.__name__] = (made, timeout_s)
+        CASES[made.__name__] = (made, timeout_s, on)
         return made
 
     return enter
@@ -343,11 +346,10 @@ def squeezed(bench: Bench) -> Found:
     return found
 
 
-def sharded_config(bench: Bench, name: str) -> dict[str, Any]:
-    """Of a model whose weights take a little more than a GPU has: each of two holds some 60 % of them. In float32, and
-    with the questions of `roomy`."""
+def tight_config(bench: Bench, name: str, rows: int, **changes: Any) -> dict[str, Any]:
+    """Of a model whose weights in float32 take a little more than a GPU has, with the questions of `roomy`."""
     kit = bench.kit
-    config = bench.config(name, kit.enough, dtype="float32", own=kit.own, pools=PAIR)
+    config = bench.config(name, rows, dtype="float32", own=kit.own, **changes)
     if kit.cuda:
         total = torch.cuda.get_device_properties(0).total_memory
         weights = weights_bytes(model_config(kit.shape), torch.float32)
@@ -365,9 +367,10 @@ def starts_sharded(frame: pd.DataFrame, found: Found) -> None:
 
 @case(180)
 def sharded(bench: Bench) -> Found:
-    """The weights fit two GPUs only. On GPUs a row or two may differ: ranks sum in another order."""
+    """The weights fit two GPUs only, of which each holds some 60 %. On GPUs a row or two may differ: ranks sum in another
+    order."""
     found = Found()
-    config = sharded_config(bench, "sharded")
+    config = tight_config(bench, "sharded", bench.kit.enough, pools=PAIR)
     with bench.started(config, {"load": 2}) as job:
         frame = bench.finish(job, config, found)
     starts_sharded(frame, found)
@@ -379,7 +382,7 @@ def sharded(bench: Bench) -> Found:
 def lost(bench: Bench) -> Found:
     """FAULTS, one after the other."""
     found = Found()
-    config = sharded_config(bench, "lost")
+    config = tight_config(bench, "lost", bench.kit.enough, pools=PAIR)
     config["limits"] = {"max_attempts": 8, "max_step_s": bench.kit.hung_s}
     out = Path(config["out"])
     faults: list[dict[str, Any]] = []
@@ -419,13 +422,15 @@ def lost(bench: Bench) -> Found:
     return found
 
 
-def long_config(bench: Bench, name: str, rows: int, long: int, pools: dict[str, Any]) -> dict[str, Any]:
-    """On GPUs each single has a KV pool of some 12,000 tokens."""
+def long_config(
+    bench: Bench, name: str, rows: int, long: int, pools: dict[str, Any], pool_tokens: int = 12_000
+) -> dict[str, Any]:
+    """On GPUs each single has a KV pool of so many tokens at most."""
     kit = bench.kit
     config = bench.config(name, rows, dtype="bfloat16" if kit.cuda else "float32", long=long, pools=pools)
     config["model"]["max_model_len"] = SHAPES[kit.shape]["max_position_embeddings"]
     if kit.cuda:
-        pool_bytes = 12_000 * kv_token_bytes(model_config(kit.shape), torch.bfloat16)
+        pool_bytes = pool_tokens * kv_token_bytes(model_config(kit.shape), torch.bfloat16)
         config["memory"]["gpu_memory_fraction"] = bench.cap(torch.bfloat16, pool_bytes, config)
     return config
 
@@ -490,7 +495,7 @@ def nowhere(bench: Bench) -> Found:
     return too_long(bench, "nowhere", bench.kit.rows, {"pages": {"1": 8}}, "needs", "has")
 
 
-@case(150)
+@case(150, "cpu")
 def alone(bench: Bench) -> Found:
     """It has the pages, and its steps no memory. Not on GPUs: what a step of one row takes there hardly grows with its
     length, so that its pages are what it lacks (`nowhere`)."""
@@ -499,6 +504,49 @@ def alone(bench: Bench) -> Found:
     found = too_long(bench, "alone", bench.kit.enough, {"tokens": {"1": 2_000}}, *words)
     given_back = found.numbers["events"]["single"].get("culprits")
     found.expect(given_back == 1, f"{given_back} rows were given back")
+    return found
+
+
+def of_one_precision(frame: pd.DataFrame, found: Found, rung: str, **numerics: str) -> None:
+    """All rows ran on this rung."""
+    found.expect(f"next: {rung}, " in "\n".join(found.numbers["said"]), f"it did not say that it goes on with {rung}")
+    for name, value in ({"rung": rung} | numerics).items():
+        found.expect(set(frame[name]) == {value}, f"{name} is {set(frame[name])}")
+
+
+@case(150, "cuda")
+def half(bench: Bench) -> Found:
+    """The weights fit one GPU in half precision only."""
+    found = Found()
+    config = tight_config(bench, "half", bench.kit.rows, pools=ALONE, fallback="memory_first")
+    with bench.started(config, gpus=1) as job:
+        frame = bench.finish(job, config, found)
+    of_one_precision(frame, found, "half_precision", dtype="bfloat16")
+    return found
+
+
+@case(150, "cuda")
+def eight(bench: Bench) -> Found:
+    """One row in 8 bits has the place that all would have in 16."""
+    found = Found()
+    config = long_config(bench, "eight", bench.kit.rows, bench.kit.longer, ALONE, 18_000) | {"fallback": "memory_first"}
+    with bench.started(config, gpus=1) as job:
+        frame = bench.finish(job, config, found)
+    of_one_precision(frame, found, "kv_int8", kv_dtype="int8", dtype="bfloat16")
+    return found
+
+
+@case(90)
+def stopped(bench: Bench) -> Found:
+    """One GPU, and no rung that changes the precision."""
+    found = Found()
+    config = tight_config(bench, "stopped", bench.kit.rows, pools=ALONE)
+    with bench.started(config, {"load": 2}, gpus=1) as job:
+        code = job.end(bench.left_s())
+    found.numbers |= {"code": code, "said": job.output().strip().splitlines()[-4:]}
+    found.expect(code == 3, f"it ended with {code}")
+    said = " ".join(found.numbers["said"])
+    found.expect("fits no pool" in said and "shard: no pool is sharded over more than 1" in said, "no reasons")
     return found
 
 
@@ -517,8 +565,8 @@ def main() -> None:
     with keep as folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         bench = Bench(Path(folder).resolve(), kit)
-        for name in args.only or [name for name in CASES if not (kit.cuda and name == "alone")]:
-            made, timeout_s = CASES[name]
+        for name in args.only or [name for name, (_, _, on) in CASES.items() if args.device in on]:
+            made, timeout_s, _ = CASES[name]
             begun = time.monotonic()
             bench.until_s = begun + timeout_s * args.slower
             try:
