@@ -95,10 +95,12 @@ class Shortage:
     free_bytes: int | None = None
 
     def __str__(self) -> str:
-        def gib(count: int | None) -> str:
-            return "an unknown amount" if count is None else f"{count / 2**30:.2f} GiB"
+        def said(count: int | None) -> str:
+            if count is None:
+                return "an unknown amount"
+            return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
-        return f"needs {gib(self.needed_bytes)}, has {gib(self.free_bytes)}"
+        return f"needs {said(self.needed_bytes)}, has {said(self.free_bytes)}"
 
 
 @dataclass(frozen=True, slots=True)

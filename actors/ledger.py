@@ -215,7 +215,14 @@ class Ledger:
         return Orders(new and report.residents is None, tuple(self.orders.pop(report.replica, ())))
 
     async def events(self) -> dict[str, dict[str, int]]:
-        """By pool how often what happened in its replicas' engines, as far as this ledger was told."""
+        """By pool how often what happened in its replicas' engines, of those that are gone too. Waits until the others
+        have told all up to now, two reports at most."""
+        asked_s = time.monotonic()
+        for _ in range(20):
+            # What an engine tells its replica is half a second old.
+            if all(heard_s > asked_s + 0.5 * REPORT_S for _, heard_s in self.heard.values()):
+                break
+            await asyncio.sleep(0.1 * REPORT_S)
         found: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for pool, events in self.told.values():
             found[pool].update({name: times for name, times in events.items() if times})

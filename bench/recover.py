@@ -365,10 +365,10 @@ def starts_sharded(frame: pd.DataFrame, found: Found) -> None:
     found.expect(where == ({"sharded"}, {"shard"}, {2}), f"rows ran in {where}")
 
 
-@case(180)
+@case(240)
 def sharded(bench: Bench) -> Found:
-    """The weights fit two GPUs only, of which each holds some 60 %. On GPUs a row or two may differ: ranks sum in another
-    order."""
+    """The weights fit two GPUs only, of which each holds some 60 %. On GPUs a row or two may differ, for ranks sum in
+    another order."""
     found = Found()
     config = tight_config(bench, "sharded", bench.kit.enough, pools=PAIR)
     with bench.started(config, {"load": 2}) as job:
@@ -500,7 +500,6 @@ def alone(bench: Bench) -> Found:
     """It has the pages, and its steps no memory. Not on GPUs: what a step of one row takes there hardly grows with its
     length, so that its pages are what it lacks (`nowhere`)."""
     words = ("failed alone at the smallest bound", "on single (tensor parallel 1, batch 1)", "no pool is sharded")
-    # Events of a run's last second are not told: others go on behind it.
     found = too_long(bench, "alone", bench.kit.enough, {"tokens": {"1": 2_000}}, *words)
     given_back = found.numbers["events"]["single"].get("culprits")
     found.expect(given_back == 1, f"{given_back} rows were given back")

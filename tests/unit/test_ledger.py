@@ -77,10 +77,20 @@ async def test_homes_are_told_to_free_what_has_ended_or_moved():
     assert [(await made.report(Report("single", name, 90, PAGE, 9))).end for name in ("r0", "r1")] == [("a",), ("a",)]
 
 
-async def test_what_happened_in_engines_is_counted_by_pool_also_of_those_that_are_gone():
+async def test_what_happened_in_engines_is_counted_by_pool_also_of_those_that_are_gone(monkeypatch):
+    monkeypatch.setattr("actors.ledger.REPORT_S", 0.01)
     told = [("r0", {"oom_prefill": 1}), ("r0", {"oom_prefill": 2, "waits": 0}), ("r1", {"oom_prefill": 3, "errors": 1})]
     made = await ledger(*(Report("single", name, 90, PAGE, 9, events=events) for name, events in told))
     assert await made.events() == {"single": {"oom_prefill": 5, "errors": 1}}
+
+
+async def test_what_happened_in_the_last_second_is_waited_for(monkeypatch):
+    monkeypatch.setattr("actors.ledger.REPORT_S", 0.2)
+    made = await ledger(Report("single", "r0", 90, PAGE, 9))
+    asked = asyncio.create_task(made.events())
+    await asyncio.sleep(0.15)
+    await made.report(Report("single", "r0", 90, PAGE, 9, events={"culprits": 1}))
+    assert await asked == {"single": {"culprits": 1}}
 
 
 async def test_a_replica_says_what_it_holds_and_frees_what_it_is_told_to(monkeypatch):
