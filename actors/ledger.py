@@ -148,6 +148,8 @@ class Ledger:
         """
         if (error := self.closed.get(ask.pool or "")) is not None:
             self.end(ask.row_id, ask.attempt)
+            if ask.row_id in self.core.where:
+                raise Fenced(f"a higher attempt of {ask.row_id} has taken over from {ask.attempt}")
             raise error
         return self._home(ask, self.core.ask(ask, time.monotonic()))
 
@@ -175,12 +177,12 @@ class Ledger:
 
     async def close(self, pool: str, error: EngineError) -> None:
         """This pool cannot start: rows that were sent to it get the error, others go to the pools that are left."""
+        if pool in self.closed:
+            return
         self.closed[pool] = error
         self.core.closed.add(pool)
-        for waiting in self.waiting.values():  # all ask again
-            if not waiting.done():
-                waiting.set_result(None)
-        self.waiting.clear()
+        for row_id in list(self.waiting):  # all ask again
+            self._wake(row_id)
 
     async def pools(self) -> dict[str, tuple[int, int | None, int]]:
         """By pool: rows that have a home there or wait for one, rows that one replica takes where that is known, and
@@ -255,9 +257,13 @@ class Ledger:
             self._soon.cancel()
             self._soon = None
         for row_id in self.core.place(time.monotonic()):
-            waiting = self.waiting.pop(row_id, None)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(None)
+            self._wake(row_id)
+
+    def _wake(self, row_id: str) -> None:
+        """Whoever waits for the row's lease is to look."""
+        waiting = self.waiting.pop(row_id, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
 
     async def _watch(self) -> None:
         """Once a second: what has expired, who has died."""
@@ -271,7 +277,7 @@ class Ledger:
                     self.core.pools[pool].replica_down(replica)
             for row_id, home in self.core.expire(now_s):
                 self.homes.pop(row_id, None)
-                self.waiting.pop(row_id, None)
+                self._wake(row_id)
                 if home is not None:
                     self.orders[home].append(row_id)
             self._place_soon()

@@ -188,7 +188,11 @@ def serve_ledger(connection: Connection) -> None:
     async def serve() -> None:
         settle_garbage()  # with torch loaded, which the actor does without, a full collection takes 0.3 s
         connection.send([])
-        ledger, loop, tasks = Ledger({"single": None}), asyncio.get_running_loop(), set[asyncio.Task[None]]()
+        ledger, loop, tasks = (
+            Ledger({"single": None}, lease_s=3600.0),
+            asyncio.get_running_loop(),
+            set[asyncio.Task[None]](),
+        )
 
         async def acquire(ask: Ask) -> None:
             while await ledger.acquire(ask) is None:

@@ -263,7 +263,7 @@ def run(args: argparse.Namespace, config: RunConfig, tell: Callable[[list[dict[s
     start_ray(config)
     app = app_name(config.out)
     name = f"{app}-ledger"
-    leases = ledger.start(name, dict.fromkeys(config.pools))
+    leases = ledger.start(name, dict.fromkeys(config.pools), lease_s=3600.0)
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
     begin = time.perf_counter()
     served = pools.deploy(config, app, name, print)

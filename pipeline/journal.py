@@ -231,7 +231,13 @@ class Journal:
         )
 
     async def finish(
-        self, row_id: str, attempt: int, replica: str, result: dict[str, Any], device: DeviceBytes | None = None
+        self,
+        row_id: str,
+        attempt: int,
+        replica: str,
+        result: dict[str, Any],
+        device: DeviceBytes | None = None,
+        lost_gpu_s: float | None = None,
     ) -> dict[str, Any] | None:
         """Record a finished row; returns when it is durable: None, or the row that counts in its place.
 
@@ -250,6 +256,7 @@ class Journal:
             "status": result["status"],
             "pool": result["pool"],
             "cause": (result["error"] or "")[:2000] or None,
+            "lost_gpu_s": lost_gpu_s,
             **_device(device),
             "row": result,
         }

@@ -32,7 +32,6 @@ ROUTER = "actors.router.HomeRouter"
 DRAIN_S = 15
 """How long a replica that is to go may take for the calls it has: a turn of 256 tokens."""
 GAVE_UP_S = 30.0
-FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 UNBOUNDED = 1 << 20
 """GPUs of a cluster that brings those that are missing, or of one that needs none."""
 
@@ -45,14 +44,12 @@ class Served:
         pools: that have replicas or may get them, small ones first.
         numerics, capacity: of a replica of the smallest.
         rungs: of the fallback that it took for the model to fit, in order: cause, rung, and where that leads.
-        gpus_per_node: of the largest node; None where nodes come as they are needed, or no GPUs are.
     """
 
     pools: tuple[Sized, ...]
     numerics: Numerics
     capacity: Capacity
     rungs: tuple[Mapping[str, str], ...] = ()
-    gpus_per_node: int | None = None
 
     @property
     def rung(self) -> str:
@@ -120,23 +117,22 @@ def deploy(
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
     while True:
         pools = sized(chosen, gpus)
-        on_node = largest_node() if bounded(pools[0]) else None
         if config.ray.address is None:
             _check_gpus(pools, gpus)
         try:
             first = _start(config, pools, spec, app, ledger)
         except OutOfMemory as e:
             dtype = "bfloat16" if spec.dtype == "auto" else spec.dtype
-            found = _next(config, pools, spec, dtype, e, on_node)
+            found = _next(config, pools, spec, dtype, e)
             if isinstance(found, GiveUp):
                 raise Incomplete(f"the model fits no pool: {e}; {found.reason}") from e
             why = str(e)
         else:
             numerics, capacity = first.describe.remote().result()
             short = _short(capacity, longest) if LOSSY & set(order(config.fallback)) else None
-            found = short and _next(config, pools, spec, numerics.dtype, short, on_node)
+            found = short and _next(config, pools, spec, numerics.dtype, short)
             if not isinstance(found, Rung) or not found.lossy:
-                return Served(pools, numerics, capacity, tuple(rungs), on_node)
+                return Served(pools, numerics, capacity, tuple(rungs))
             why = str(short)
             serve.delete(app)
         at = found.standing
@@ -162,14 +158,7 @@ def largest_node() -> int:
     return max((int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
 
 
-def _next(
-    config: RunConfig,
-    pools: Sequence[Sized],
-    spec: EngineSpec,
-    dtype: str,
-    error: OutOfMemory,
-    gpus_per_node: int | None,
-) -> Rung | GiveUp:
+def _next(config: RunConfig, pools: Sequence[Sized], spec: EngineSpec, dtype: str, error: OutOfMemory) -> Rung | GiveUp:
     """The fallback's next rung for the smallest pool, all of whose rows are to have the same precision."""
     offered = OFFERED
     if config.numerics == "invariant":
@@ -178,7 +167,8 @@ def _next(
         offered -= {"kv_int8", "kv_fp8"}
     weights = spec.quantization or "auto"
     standing = Standing(pools[0].name, pools[0].tp, dtype=dtype, kv_dtype=spec.kv_dtype, weights_dtype=weights)
-    hardware = Hardware(gpus_per_node, gangs=tuple((pool.tp, pool.name) for pool in pools))
+    on_node = largest_node() if bounded(pools[0]) else None  # a replica was on one: all are there
+    hardware = Hardware(on_node, gangs=tuple((pool.tp, pool.name) for pool in pools))
     return next_rung(error.stage, standing, hardware, config.fallback, offered=offered)
 
 
@@ -340,12 +330,13 @@ class Sharing:
             each = pool.tp * max(1, pool.gpus)
             short = pool is not smallest and up < self.now[pool.name]
             too_large = pool is not smallest and rows > 0 and each > on_node
-            if not short and not too_large:
-                self.empty_s.pop(pool.name, None)
-            elif pool.name not in self.closed:
+            if pool.name in self.closed:
+                if rows:  # a ledger that was restarted does not know
+                    self._close(pool, self.closed[pool.name])
+            elif short or too_large:
                 self._check(pool, f"a replica takes {each} GPUs of one node, the largest has {on_node}" * too_large)
-            elif rows:  # a ledger that was restarted does not know
-                self._close(pool, self.closed[pool.name])
+            else:
+                self.empty_s.pop(pool.name, None)
             rows = 0 if too_large or pool.name in self.closed else rows
             unplaced = self._unplaced(pool) if short else 0
             needs.append(Need(pool.name, each, pool.least, pool.most, rows, slots, unplaced))
@@ -374,7 +365,7 @@ class Sharing:
         gave_up = now_s - self.empty_s.setdefault(pool.name, now_s) > GAVE_UP_S
         if too_large and gave_up:
             self._close(pool, OutOfMemory(too_large, "load"))
-        elif not too_large and (gave_up or status.status in FAILED):
+        elif not too_large and (gave_up or status.status_trigger == "REPLICA_STARTUP_FAILED"):
             error = failure(status.message)
             if not isinstance(error, EngineError):
                 error = EngineDead(f"pool {pool.name} cannot start; the log of Serve's controller says why")

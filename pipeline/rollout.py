@@ -81,7 +81,6 @@ class Job:
         capacity: sizes of one replica of the smallest pool.
         pools: ranks of a replica of each pool, small ones first.
         rung: of the fallback that the whole run stands on, or `start`.
-        gpus_per_node: see `Served`.
         concurrent: trajectories one agent actor rolls out at once.
         forecaster: what past runs have taught; each agent goes on learning with its own.
     """
@@ -94,7 +93,6 @@ class Job:
     app: str
     pools: Mapping[str, int]
     rung: str
-    gpus_per_node: int | None
     concurrent: int
     forecaster: Forecaster
 
@@ -234,7 +232,7 @@ class Agents(Caller):
         """While this process lives, so do the leases of its rows."""
         while True:
             await asyncio.sleep(ledger.RENEW_S)
-            with contextlib.suppress(RayError):  # the ledger is being restarted
+            with contextlib.suppress(RayError, BerthError):  # the ledger is being restarted
                 await self.lease(("renew", (tuple(self.rolled),)))
 
 
@@ -261,6 +259,7 @@ class Attempts:
         self.wanted: str | None = None if len(self.job.pools) > 1 else next(iter(self.job.pools))
         self.pool = self.wanted  # that served it last
         self.tries = 0
+        self.lost_gpu_s: float | None = None  # of the call that this attempt failed in
         self.device: DeviceBytes | None = None  # of its last call
 
     async def begin(self) -> Begin:
@@ -270,7 +269,7 @@ class Attempts:
         pages = own_pages(self.forecast.p95_tokens, self.forecast.shared_tokens, sizes.page_tokens)
         self.predicted_bytes = pages * sizes.page_tokens * sizes.kv_bytes_token or None
         begun = await self.agents.record("begin", self.task.row_id, self.wanted, self.rung, self.predicted_bytes)
-        self.attempt, self.device = begun.attempt, None
+        self.attempt, self.lost_gpu_s, self.device = begun.attempt, None, None
         self.tries += begun.wait_s is None
         return begun
 
@@ -297,7 +296,7 @@ class Attempts:
         return self._recorded(row)
 
     async def _recorded(self, row: dict[str, Any]) -> dict[str, Any]:
-        finish = ("finish", self.task.row_id, self.attempt, self.replica, row, self.device)
+        finish = ("finish", self.task.row_id, self.attempt, self.replica, row, self.device, self.lost_gpu_s)
         counts: dict[str, Any] = await self.agents.record(*finish) or row
         self.agents.forecaster.observe(counts)
         return counts
@@ -370,26 +369,24 @@ class Attempts:
         while True:
             try:
                 reply = await self._call(call)
-            except EngineDead as e:
-                cause = _plain(e)
-            except OutOfMemory as e:
-                cause, self.replica = _plain(e), self.home or self.replica
-                self._climb(cause)
-            except EngineError as e:
-                raise _plain(e) from None
-            except (RayError, RayServeException) as e:
-                cause = e
+            except (EngineError, RayError, RayServeException) as e:
+                cause = _plain(e) if isinstance(e, EngineError) else e
             else:
                 self.replica, self.numerics = reply.replica, self._together(reply.numerics)
                 self.device = reply.device
                 usage = reply.generation.usage
                 return replace(reply.generation, usage=replace(usage, gpu_s=reply.numerics.tp * usage.gpu_s))
+            lost_s = getattr(cause, "gpu_s", None)
+            self.lost_gpu_s = lost_s and lost_s * self.job.pools[self.pool or next(iter(self.job.pools))]
+            if isinstance(cause, OutOfMemory):
+                self.replica = self.home or self.replica
+                self._climb(cause)
+            elif isinstance(cause, EngineError) and not isinstance(cause, EngineDead):
+                raise cause from None
             said = f"{type(cause).__name__}: {cause}".splitlines()[0]
             self.lease.failed(self.home)
             failed = (self.task.row_id, self.attempt, self.home or self.replica)
-            lost_s = getattr(cause, "gpu_s", None)
-            lost_gpu_s = lost_s and lost_s * self.job.pools[self.pool or next(iter(self.job.pools))]
-            await self.agents.record("fail", *failed, said, lost_gpu_s, self.pool, self.device)
+            await self.agents.record("fail", *failed, said, self.lost_gpu_s, self.pool, self.device)
             await asyncio.sleep(RETRY_S)
             while (begun := await self.begin()).wait_s is not None:
                 await asyncio.sleep(begun.wait_s)
@@ -416,7 +413,7 @@ class Attempts:
         found = next_rung(
             error.stage,
             Standing(pool, sizes[pool], attempts=self.tries),
-            Hardware(self.job.gpus_per_node, gangs=tuple((size, name) for name, size in sizes.items())),
+            Hardware(gangs=tuple((size, name) for name, size in sizes.items())),
             self.job.config.fallback,
             offered=FOR_A_ROW,
             max_attempts=self.job.config.limits.max_attempts,
@@ -578,7 +575,6 @@ def plan_agents(prepared: Prepared, forecaster: Forecaster, app: str, served: Se
         app=app,
         pools={pool.name: pool.tp for pool in served.pools},
         rung=served.rung,
-        gpus_per_node=served.gpus_per_node,
         concurrent=-(-sum(pool.most for pool in served.pools) * ledger.slots(served.capacity) // agents),
         forecaster=forecaster,
     )

@@ -136,9 +136,10 @@ class Turns:
             self._spare, self._unplaced_s = self._spare + 1, now_s
         found = share(gpus, asked, self._spare)
         self._working = any(found[need.name] > need.least for need in larger)
-        if self._working and self._since_s is None and found[smallest.name] < smallest.most:
+        without = self._working and found[smallest.name] < smallest.most
+        if without and self._since_s is None:
             self._since_s = now_s
-        elif not self._working and self._since_s is not None:
+        elif not without and self._since_s is not None:
             self._until_s, self._since_s = 2 * now_s - self._since_s, None
         return found
 

@@ -17,7 +17,7 @@ from functools import partial
 from itertools import islice
 from queue import Empty, SimpleQueue
 
-from actors.engine.oom import device_works, is_out_of_memory
+from actors.engine.oom import RankFailed, device_works, is_out_of_memory
 from actors.engine.pages import PageAllocator
 from actors.engine.protocol import Capacity, Drawn, MemoryReport, NoRecorder, Recorder, Request, RowStep, Runner
 from actors.engine.scheduler import Row, Scheduler, Work
@@ -573,4 +573,5 @@ def _is_fatal(error: Exception, works: Callable[[], bool]) -> bool:
     """The CUDA context is gone: every later call would fail too. Triton and the driver have their own words for it."""
     said = str(error)
     told = "CUDA error" in said or "NCCL error" in said
-    return told or isinstance(error, EngineDead) or ("CUDA" in said and not works())
+    elsewhere = isinstance(error, RankFailed)  # its context is not this one
+    return told or isinstance(error, EngineDead) or ("CUDA" in said and (elsewhere or not works()))

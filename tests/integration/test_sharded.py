@@ -105,9 +105,8 @@ def test_a_lost_rank_rebuilds_the_gang_and_loses_no_row(tmp_path, model, victim,
 
 def test_a_rank_that_is_lost_while_the_gang_starts_is_found_then(tmp_path, model):
     out = tmp_path / "out"
-    with subprocess.Popen(
-        sharded(out, model, 6), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
+    argv = command(out, *real(model, 6), *gang(2), engine="paged")
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         wait_for(lambda: children(process.pid, "ray::Rank"))
         [target] = children(process.pid, "ray::Rank")
         target.kill()

@@ -142,6 +142,22 @@ async def test_rows_go_on_without_a_pool_that_cannot_start():
     assert [rows for rows, _, _ in (await made.pools()).values()] == [1, 0]
 
 
+async def test_a_fenced_attempt_does_not_hear_of_a_closed_pool(monkeypatch):
+    made = await ledger(ROOM_FOR_ONE)
+    await made.close("pair", OutOfMemory("no node is as large", "load"))
+    await made.do([("ask", (ask("a", attempt=2),))])
+    [fenced] = await made.do([("ask", (ask("a", pool="pair"),))])
+    assert isinstance(fenced, Fenced)
+
+
+async def test_one_whose_lease_has_ended_while_it_waited_asks_again_at_once():
+    made = Ledger({"single": None}, lease_s=0.5, dead_s=60.0)
+    await made.report(ROOM_FOR_ONE)
+    await made.do([("ask", (ask("dead"),))])
+    assert await asyncio.wait_for(made.acquire(ask("waits")), 5) is None
+    assert (await made.acquire(ask("waits"))).replica == "r0"
+
+
 async def test_leases_that_no_agent_renews_make_room():
     made = Ledger({"single": None}, lease_s=0.5, dead_s=60.0)
     await made.report(Report("single", "r0", 90, PAGE, 2))

@@ -80,7 +80,6 @@ def test_a_model_that_fits_nowhere_stops_the_run_with_every_reason(monkeypatch):
 def test_a_gang_that_no_node_can_hold_is_passed_over(monkeypatch):
     with pytest.raises(Incomplete, match="shard: 2 GPUs on a node are wanted, there are 1"):
         deployed(monkeypatch, {2: ANY}, on_node=1, ray={"address": "auto"})
-    assert deployed(monkeypatch, {2: ANY})[0].gpus_per_node == 2
     ranged = {"single": {"replicas": {"min": 1, "max": 2}}, "pair": {"tensor_parallel_size": 2}}
     assert deployed(monkeypatch, {2: ANY}, on_node=1, pools=ranged, ray={"address": "auto"})[0].rung == "shard"
 
@@ -135,8 +134,8 @@ class Cluster:
         monkeypatch.setattr(pools, "ray", ray)
         monkeypatch.setattr(pools.time, "monotonic", lambda: self.now_s)
         monkeypatch.setattr(pools, "placement_group_table", dict)
-        idle = SimpleNamespace(replica_states={}, status="UPDATING", message="")
-        status = SimpleNamespace(applications={"app": SimpleNamespace(deployments={"single": idle, "pair": idle})})
+        self.pair = SimpleNamespace(replica_states={}, status_trigger="CONFIG_UPDATE_STARTED", message="")
+        status = SimpleNamespace(applications={"app": SimpleNamespace(deployments={"pair": self.pair})})
         monkeypatch.setattr(pools.serve, "status", lambda: status)
         configs = {name: Pool(num_gpus=1, **fields) for name, fields in SINGLE_AND_PAIR.items()}
         self.sharing = pools.Sharing("app", sized(configs, int(sum(nodes))), actor)
@@ -145,31 +144,52 @@ class Cluster:
     def _remote(call):
         return SimpleNamespace(remote=call)
 
-    def step(self, seconds=1.0):
-        self.now_s += seconds
-        return self.sharing.step()
+    def step(self, seconds=1.0, times=1):
+        changes = []
+        for _ in range(times):
+            self.now_s += seconds
+            changes.append(self.sharing.step())
+        return changes
 
 
 def test_nothing_is_drained_for_a_gang_that_no_node_can_hold_and_its_rows_are_told(monkeypatch):
     cluster = Cluster(monkeypatch, 1, 1, single=50, pair=1)
-    assert [cluster.step() for _ in range(29)] == [{}] * 29
+    assert cluster.step(times=29) == [{}] * 29
     assert not cluster.closed
     cluster.step(5.0)
     assert cluster.closed == [("pair", "a replica takes 2 GPUs of one node, the largest has 1")]
-    cluster.step()
-    assert len(cluster.closed) == 2, "a ledger that was restarted is told again, as long as rows wait there"
+
+
+def test_a_pool_that_does_not_start_is_closed_to_a_ledger_that_was_restarted_too(monkeypatch):
+    cluster = Cluster(monkeypatch, 2, single=50, pair=1)
+    assert cluster.step() == [{"single": 0, "pair": 1}]
+    cluster.pair.status_trigger, cluster.pair.message = "REPLICA_STARTUP_FAILED", "actors.errors.OutOfMemory: too large"
+    assert cluster.step(10.0) == [{"single": 2, "pair": 0}]
+    assert cluster.closed == [("pair", "too large")]
     cluster.rows["pair"] = 0
+    cluster.step(times=5)
+    assert len(cluster.closed) == 1
+    cluster.rows["pair"] = 3
     cluster.step()
-    assert len(cluster.closed) == 2
+    assert cluster.closed[1:] == [("pair", "too large")]
+
+
+def test_a_gang_that_is_replaced_is_waited_for(monkeypatch):
+    cluster = Cluster(monkeypatch, 2, single=50, pair=1)
+    cluster.step()
+    cluster.pair.status_trigger, cluster.pair.replica_states = "HEALTH_CHECK_FAILED", {"STARTING": 1}
+    cluster.step(times=300)
+    assert not cluster.closed
+    cluster.pair.replica_states = {}
+    cluster.step(times=40)
+    assert cluster.closed[0] == ("pair", "pool pair cannot start; the log of Serve's controller says why")
 
 
 def test_a_node_that_comes_back_in_time_gets_its_gang(monkeypatch):
     cluster = Cluster(monkeypatch, 1, 1, single=50, pair=1)
-    for _ in range(20):
-        cluster.step()
+    cluster.step(times=20)
     cluster.nodes.append(2)
-    cluster.up["single"] = 4
-    assert cluster.step()["pair"] == 1
-    for _ in range(20):
-        cluster.step()
+    assert cluster.step()[0]["pair"] == 1
+    cluster.pair.replica_states = {"STARTING": 1}
+    cluster.step(times=100)
     assert not cluster.closed
