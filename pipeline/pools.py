@@ -293,7 +293,8 @@ def sharing(app: str, pools: Sequence[Sized], ledger: Any, say: Callable[[str], 
 
     def share() -> None:
         if sharing.step():
-            say(", ".join(f"{name} {count}" for name, count in sharing.now.items()))
+            # How many Serve has of one that it scales by its load is not known here.
+            say(", ".join(f"{pool.name} {sharing.now[pool.name]}" for pool in pools if not pool.by_load))
 
     return share
 

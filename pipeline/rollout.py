@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -616,8 +617,11 @@ def explained(failure: BaseException) -> Exception:
         if isinstance(cause, InputError):
             return InputError(str(cause).strip().splitlines()[-1])
         cause = cause.__cause__
-    said = str(failure).strip().splitlines()[-1:] or [type(failure).__name__]
-    return Incomplete(f"the run stopped: {said[0]}\nrepeat the command to resume")
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    # Around the error Ray tells that it was its user's, and how to retry such.
+    own = [line for line in lines if re.match(r"(?!ray\.)[\w.]*(Error|Exception)\b", line)]
+    told = own or lines or [type(failure).__name__]
+    return Incomplete(f"the run stopped: {told[-1]}\nrepeat the command to resume")
 
 
 def cluster_gpus() -> int:

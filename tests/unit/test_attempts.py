@@ -317,3 +317,20 @@ async def test_a_fenced_row_is_left_to_its_successor(agents, monkeypatch):
     assert row_id not in table["row_id"].to_pylist() + made.handles["single"].ended
     assert (await made.books.state())["leases"] == 1
     assert not made.forecaster._running
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (
+            RuntimeError(
+                "  File x\nTypeError: it breaks here\n\nray.exceptions.UserCodeException: yours\n\nTo retry, do"
+            ),
+            "TypeError: it breaks here",
+        ),
+        (RuntimeError("nothing known"), "nothing known"),
+        (RuntimeError(), "RuntimeError"),
+    ],
+)
+def test_what_ended_a_run_is_told_in_its_own_words(failure, said):
+    assert str(rollout.explained(failure)) == f"the run stopped: {said}\nrepeat the command to resume"
