@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from actors.engine import EngineSpec
-from bench.tiny import write_tiny_model
+from bench.replica import write_model
 from tests.unit.test_process import check_poisoned
 
 pytestmark = [
@@ -16,6 +16,6 @@ pytestmark = [
 @pytest.mark.parametrize("how", ["assert", "address"])
 async def test_a_broken_context_ends_the_process_and_the_next_one_answers_as_before(tmp_path, how):
     """In fp32, in which the answers of two processes are the same. The budget leaves room for what this one holds."""
-    model = str(write_tiny_model(tmp_path))
+    model = str(write_model(tmp_path / "model", "tiny", "cpu"))
     sizes = {"max_batch": 8, "max_model_len": 1024, "max_prefill_tokens": 512, "kv_pages": 40}
     await check_poisoned(EngineSpec(model, dtype="float32", budget_fraction=0.3, **sizes), how)
