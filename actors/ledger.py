@@ -164,9 +164,11 @@ class Ledger:
     def end(self, row_id: str, attempt: int) -> None:
         """A trajectory is over; its home frees what its agent could not end there."""
         self.core.end(row_id, attempt)
-        if row_id not in self.core.where and (home := self.homes.pop(row_id, None)) in self.heard:
+        if row_id in self.core.where:  # a higher attempt's
+            return
+        if (home := self.homes.pop(row_id, None)) in self.heard:
             self.orders[home].append(row_id)
-        self.waiting.pop(row_id, None)
+        self._wake(row_id)
 
     def _granted(self, ask: Ask) -> Lease | None:
         """The lease that an asker has come to have."""

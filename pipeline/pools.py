@@ -167,7 +167,8 @@ def _next(config: RunConfig, pools: Sequence[Sized], spec: EngineSpec, dtype: st
         offered -= {"kv_int8", "kv_fp8"}
     weights = spec.quantization or "auto"
     standing = Standing(pools[0].name, pools[0].tp, dtype=dtype, kv_dtype=spec.kv_dtype, weights_dtype=weights)
-    on_node = largest_node() if bounded(pools[0]) else None  # a replica was on one: all are there
+    # A replica was on a node: they are there.
+    on_node = largest_node() // pools[0].gpus if bounded(pools[0]) else None
     hardware = Hardware(on_node, gangs=tuple((pool.tp, pool.name) for pool in pools))
     return next_rung(error.stage, standing, hardware, config.fallback, offered=offered)
 
@@ -330,17 +331,17 @@ class Sharing:
             rows, slots, up = found[pool.name]
             each = pool.tp * max(1, pool.gpus)
             short = pool is not smallest and up < self.now[pool.name]
-            too_large = pool is not smallest and rows > 0 and each > on_node
+            too_large = pool is not smallest and each > on_node
             if pool.name in self.closed:
                 if rows:  # a ledger that was restarted does not know
                     self._close(pool, self.closed[pool.name])
-            elif short or too_large:
+            elif short or (too_large and rows):
                 self._check(pool, f"a replica takes {each} GPUs of one node, the largest has {on_node}" * too_large)
             else:
                 self.empty_s.pop(pool.name, None)
-            rows = 0 if too_large or pool.name in self.closed else rows
-            unplaced = self._unplaced(pool) if short else 0
-            needs.append(Need(pool.name, each, pool.least, pool.most, rows, slots, unplaced))
+            gone = too_large or pool.name in self.closed
+            bounds = (0, 0, 0) if gone else (pool.least, pool.most, rows)
+            needs.append(Need(pool.name, each, *bounds, slots, self._unplaced(pool) if short and not gone else 0))
         wanted = self.turns.share(gpus, needs, time.monotonic())
         changes = {
             pool.name: wanted[pool.name]

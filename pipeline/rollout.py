@@ -260,6 +260,7 @@ class Attempts:
         self.wanted: str | None = None if len(self.job.pools) > 1 else next(iter(self.job.pools))
         self.pool = self.wanted  # that served it last
         self.tries = 0
+        self.shortages: list[str] = []  # of memory, for which it climbed
         self.lost_gpu_s: float | None = None  # of the call that this attempt failed in
         self.device: DeviceBytes | None = None  # of its last call
 
@@ -370,6 +371,8 @@ class Attempts:
         while True:
             try:
                 reply = await self._call(call)
+            except Fenced:  # as an error of Ray's, too, where it was waited for
+                raise
             except (EngineError, RayError, RayServeException) as e:
                 cause = _plain(e) if isinstance(e, EngineError) else e
             else:
@@ -379,6 +382,8 @@ class Attempts:
                 return replace(reply.generation, usage=replace(usage, gpu_s=reply.numerics.tp * usage.gpu_s))
             lost_s = getattr(cause, "gpu_s", None)
             self.lost_gpu_s = lost_s and lost_s * self.job.pools[self.pool or next(iter(self.job.pools))]
+            if self.home is None and self.wanted is not None:  # the pool that it was sent to is closed
+                self.pool, self.replica = self.wanted, ""
             if isinstance(cause, OutOfMemory):
                 self.replica = self.home or self.replica
                 self._climb(cause)
@@ -420,8 +425,9 @@ class Attempts:
             max_attempts=self.job.config.limits.max_attempts,
             shortage=Shortage(error.needed_bytes, error.free_bytes),
         )
+        self.shortages.append(str(error))
         if isinstance(found, GiveUp):
-            raise OutOfMemory(f"{error}; {found.reason}", error.stage) from error
+            raise OutOfMemory("; ".join([*self.shortages, found.reason]), error.stage) from error
         self.rung, self.wanted = found.name, found.standing.pool
 
     def _scored(self, trajectory: Trajectory) -> dict[str, Any]:
@@ -565,8 +571,8 @@ def start_journal(config: RunConfig, attempts: Mapping[str, int]) -> Any:
 
 def plan_agents(prepared: Prepared, forecaster: Forecaster, app: str, served: Served) -> tuple[Job, int]:
     """The job and the number of agent actors: as many trajectories at once as the ledger has homes for at most."""
-    config = prepared.config
-    agents = max(1, min(8, int(ray.cluster_resources().get("CPU", 1)) // 8))
+    config, tasks = prepared.config, -(-len(prepared.rows.tasks) // ROWS_PER_TASK[0])
+    agents = max(1, min(8, tasks, int(ray.cluster_resources().get("CPU", 1)) // 8))
     job = Job(
         config=config,
         suite=prepared.suite,
@@ -619,7 +625,7 @@ def explained(failure: BaseException) -> Exception:
         cause = cause.__cause__
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
     # Around the error Ray tells that it was its user's, and how to retry such.
-    own = [line for line in lines if re.match(r"(?!ray\.)[\w.]*(Error|Exception)\b", line)]
+    own = [line for line in lines if re.match(r"(?!ray\.)[\w.]*(Error|Exception)\b|(actors|pipeline)\.[\w.]+:", line)]
     told = own or lines or [type(failure).__name__]
     return Incomplete(f"the run stopped: {told[-1]}\nrepeat the command to resume")
 

@@ -112,7 +112,7 @@ class Turns:
     """`share` over time: pools take turns, so that none waits for ever and starting a model stays a small part.
 
     A larger pool keeps its GPUs while it has rows. When it has given them back, the smallest pool has them for at least
-    as long as it went without, if it has rows. Where there are GPUs for both, nobody waits.
+    as long as it went without, if it has rows. One that took none from it leaves no turn behind.
     """
 
     def __init__(self) -> None:

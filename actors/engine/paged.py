@@ -176,7 +176,7 @@ class PagedEngine:
                 else:
                     self._mail.put(row)
         if error is not None:
-            row.future.set_exception(error)
+            row.fail(error)
         else:
             # A row holds its future: held by it in turn, only the garbage collector could free them.
             row.future.add_done_callback(partial(self._cancelled, weakref.ref(row)))

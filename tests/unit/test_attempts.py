@@ -12,7 +12,7 @@ import pytest
 from ray.exceptions import ActorDiedError, RayError
 
 from actors.engine.protocol import Capacity, EngineSpec, Request
-from actors.errors import EngineDead, NotHome, OutOfMemory
+from actors.errors import EngineDead, Fenced, NotHome, OutOfMemory
 from actors.ledger import Ledger, Report
 from actors.messages import FORECAST_LEVELS, Call, Forecast, Reply, Sampling, Stage, Turn
 from actors.stopping import TurnMatcher
@@ -264,6 +264,40 @@ async def test_a_row_says_that_its_calls_were_computed_in_two_ways_and_what_the_
     assert set((await alone.run())["reproducible"].to_pylist()) == {True}
 
 
+async def test_a_row_that_no_pool_can_hold_says_all_that_it_lacked(agents, monkeypatch):
+    monkeypatch.setattr(rollout, "RETRY_S", 0.01)
+    made, long = agents(pair=2), PREPARED["tasks"][0].row_id
+    made.handles["single"].errors = {long: [None, OutOfMemory("it may need 9 tokens, there are 8", "never_fits")]}
+    await made.books.close("pair", OutOfMemory("the largest node has 1 GPU", "load"))
+    table = await made.run()
+    row = next(row for row in table.to_pylist() if row["row_id"] == long)
+    assert set(table["status"].to_pylist()) == {"ok", "failed"}
+    assert [row[name] for name in ("status", "error_type", "pool", "attempts")] == ["failed", "infra", "pair", 2]
+    for words in (
+        "it may need 9 tokens, there are 8; the largest node has 1 GPU; load on pair",
+        "no pool is sharded over",
+    ):
+        assert words in row["error"]
+
+
+async def test_one_that_is_fenced_while_it_waits_is_left_to_its_successor(agents, monkeypatch):
+    class FencedByRay(RayError, Fenced):
+        """As Ray brings it from an actor."""
+
+    made, row_id = agents(), PREPARED["tasks"][0].row_id
+    acquire = rollout.ledger.Leased.acquire
+
+    async def overtaken(lease, *arguments):
+        if lease.row_id == row_id:
+            raise FencedByRay
+        return await acquire(lease, *arguments)
+
+    monkeypatch.setattr(rollout.ledger.Leased, "acquire", overtaken)
+    table = await made.run()
+    assert len(table) == 5
+    assert row_id not in table["row_id"].to_pylist()
+
+
 async def test_a_row_of_two_numerics_is_not_reproducible(agents):
     made = agents()
     handle, changed = made.handles["single"], PREPARED["tasks"][0].row_id
@@ -328,6 +362,7 @@ async def test_a_fenced_row_is_left_to_its_successor(agents, monkeypatch):
             ),
             "TypeError: it breaks here",
         ),
+        (RuntimeError("KeyError: 'x'\nactors.errors.EngineDead: gone"), "actors.errors.EngineDead: gone"),
         (RuntimeError("nothing known"), "nothing known"),
         (RuntimeError(), "RuntimeError"),
     ],

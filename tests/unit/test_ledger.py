@@ -146,8 +146,13 @@ async def test_a_fenced_attempt_does_not_hear_of_a_closed_pool(monkeypatch):
     made = await ledger(ROOM_FOR_ONE)
     await made.close("pair", OutOfMemory("no node is as large", "load"))
     await made.do([("ask", (ask("a", attempt=2),))])
-    [fenced] = await made.do([("ask", (ask("a", pool="pair"),))])
-    assert isinstance(fenced, Fenced)
+    waits = asyncio.create_task(made.acquire(ask("b", attempt=2)))
+    await asyncio.sleep(0.05)
+    for row in "ab":
+        [fenced] = await made.do([("ask", (ask(row, pool="pair"),))])
+        assert isinstance(fenced, Fenced)
+    await made.do([("end", ("b", 1)), ("end", ("a", 2))])
+    assert (await asyncio.wait_for(waits, 1)).replica == "r0"
 
 
 async def test_one_whose_lease_has_ended_while_it_waited_asks_again_at_once():

@@ -6,7 +6,7 @@ import pytest
 
 from actors.engine.protocol import Capacity
 from actors.errors import Incomplete, OutOfMemory
-from pipeline.config import Pool, RunConfig
+from pipeline.config import Pool, ReplicaRange, RunConfig
 from pipeline.sharing import sized
 from tests import starts
 from tests.starts import pools
@@ -118,7 +118,7 @@ def test_what_is_recorded_of_an_out_of_memory_goes_to_the_run():
 class Cluster:
     """Serve, Ray and the ledger as `Sharing` sees them: GPUs by node, rows by pool, and the pools that were closed."""
 
-    def __init__(self, monkeypatch, *nodes, **rows):
+    def __init__(self, monkeypatch, *nodes, least=0, **rows):
         self.nodes, self.rows, self.now_s, self.up, self.closed = list(nodes), rows, 0.0, {"single": 2, "pair": 0}, []
         actor = SimpleNamespace(
             pools=self._remote(lambda: {name: (self.rows.get(name, 0), None, up) for name, up in self.up.items()}),
@@ -137,7 +137,8 @@ class Cluster:
         self.pair = SimpleNamespace(replica_states={}, status_trigger="CONFIG_UPDATE_STARTED", message="")
         status = SimpleNamespace(applications={"app": SimpleNamespace(deployments={"pair": self.pair})})
         monkeypatch.setattr(pools.serve, "status", lambda: status)
-        configs = {name: Pool(num_gpus=1, **fields) for name, fields in SINGLE_AND_PAIR.items()}
+        gang = Pool(num_gpus=1, tensor_parallel_size=2, replicas=ReplicaRange(min=least, max=1))
+        configs = {"single": Pool(num_gpus=1), "pair": gang}
         self.sharing = pools.Sharing("app", sized(configs, int(sum(nodes))), actor)
 
     @staticmethod
@@ -158,6 +159,14 @@ def test_nothing_is_drained_for_a_gang_that_no_node_can_hold_and_its_rows_are_to
     assert not cluster.closed
     cluster.step(5.0)
     assert cluster.closed == [("pair", "a replica takes 2 GPUs of one node, the largest has 1")]
+
+
+@pytest.mark.parametrize("pair", [0, 1])
+def test_nor_for_replicas_that_are_to_be_kept_for_nobody(monkeypatch, pair):
+    cluster = Cluster(monkeypatch, 1, 1, least=1, single=50, pair=pair)
+    changes = cluster.step(times=60)
+    assert all(change.get("single", 2) == 2 for change in changes)
+    assert bool(cluster.closed) == bool(pair)
 
 
 def test_a_pool_that_does_not_start_is_closed_to_a_ledger_that_was_restarted_too(monkeypatch):
