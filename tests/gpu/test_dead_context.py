@@ -1,11 +1,16 @@
 """On a GPU: a CUDA context that a kernel has broken ends its engine's process, and the next process computes on."""
 
+import warnings
+
 import pytest
 import torch
 
 from actors.engine import EngineSpec
-from bench.replica import write_model
 from tests.unit.test_process import check_poisoned
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Ray's own
+    from bench.replica import write_model
 
 pytestmark = [
     pytest.mark.gpu,
