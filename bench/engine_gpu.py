@@ -504,16 +504,16 @@ def memory(args: argparse.Namespace, source: Source) -> list[Result]:
 
 # --- d: out of memory
 
+# With `wait` it takes the memory at a first line, and gives it back `hold_s` after a second.
 GRABBER = """
 import sys, threading, torch
 hold_s, pause_s = map(float, sys.argv[1:3])
+wait = sys.stdin.readline if "wait" in sys.argv else lambda: None
 stop = threading.Event()
 torch.zeros(1, device="cuda")
 grabs = 0
 print("ready", flush=True)
-if "wait" in sys.argv:
-    sys.stdin.readline()
-threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+wait()
 while not stop.is_set():
     held, size = [], 1 << 30
     while size >= 1 << 20:
@@ -522,6 +522,9 @@ while not stop.is_set():
         except torch.OutOfMemoryError:
             size //= 4
     grabs += 1
+    if grabs == 1:
+        wait()
+        threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
     stop.wait(hold_s)
     held.clear()
     torch.cuda.empty_cache()

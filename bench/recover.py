@@ -45,7 +45,7 @@ from actors.engine.memory import kv_token_bytes, predict, weights_bytes
 from bench.clusters import Job, wait_for
 from bench.common import SHAPES, default_device, device_info, model_config, print_table, write_json
 from bench.engine_gpu import GRABBER
-from bench.scripted import finished_rows, write_suite
+from bench.scripted import begun_rows, finished_rows, write_suite
 
 MIB = 1 << 20
 AGENT = {"max_steps": 3, "max_tokens": {"thought": 48, "action": 24, "answer": 24}}
@@ -304,14 +304,14 @@ def capped(bench: Bench) -> Found:
 
 @contextmanager
 def taker(bench: Bench) -> Generator[Callable[[], None]]:
-    """Another process on the GPU: it takes what is free, holds it, gives it back for a moment, and again; begins when
-    the function is called."""
+    """Another process on the GPU: it takes what is free when the function is called, and when it is called again it
+    begins to give it back for a moment and take it again, in turn."""
     cuda, taken = bench.kit.cuda, bench.work / "taken"
-    # On a GPU what a step once had stays the engine's: the first one must find nothing, and agents take seconds to
-    # start.
-    argv = [sys.executable, "-c", GRABBER, "12", "2", "wait"]
+    # On a GPU what a step once had stays the engine's: the first one must find nothing.
+    argv = [sys.executable, "-c", GRABBER, "2", "10", "wait"]
     if not cuda:
-        argv = ["sh", "-c", f"echo ready; read go; while true; do touch {taken}; sleep 3; rm {taken}; sleep 1; done"]
+        again = f"while true; do sleep 3; rm {taken}; sleep 1; touch {taken}; done"
+        argv = ["sh", "-c", f"echo ready; read go; touch {taken}; read go; {again}"]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdin is not None
         assert other.stdout is not None
@@ -339,6 +339,8 @@ def squeezed(bench: Bench) -> Found:
         config["memory"]["max_prefill_tokens"], config["memory"]["max_batch"] = 8192, bench.kit.rows
     with taker(bench) as take, bench.started(config, {"taken": str(bench.work / "taken")}, gpus=1) as job:
         bench.until(job, lambda: "\nreplicas" in job.output())
+        take()
+        bench.until(job, lambda: begun_rows(bench.work / "squeezed"))
         take()
         frame = bench.finish(job, config, found)
     compare(bench, frame, found)

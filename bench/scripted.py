@@ -56,6 +56,11 @@ def finished_rows(out: Path) -> set[str]:
     return {record["row_id"] for record in _records(out) if record["kind"] == "finish"}
 
 
+def begun_rows(out: Path) -> set[str]:
+    """Rows of which the journal of a run folder holds an attempt's start, which stands there before its first call."""
+    return {record["row_id"] for record in _records(out) if record["kind"] == "begin"}
+
+
 def generations(out: Path) -> Counter[str]:
     """How many of each row the journal of a run folder holds (`journal: steps`)."""
     events = {(record["row_id"], record["n"], record["event"]["kind"]) for record in _records(out) if "event" in record}
