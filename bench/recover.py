@@ -116,6 +116,8 @@ class Bench:
 
     Args:
         work: folder of the model, the suites and the runs.
+
+    Attributes:
         until_s: of the monotonic clock, when the case at work must have ended.
     """
 
@@ -442,8 +444,6 @@ def long(bench: Bench) -> Found:
     """The singles are drained, the row finishes on the pair, the GPUs come back."""
     found, plain = Found(), Found()
     squeeze = {"pages": {"1": 8, "2": 64}}
-    # The second run has learned from the rows of the first: until a hundred are known a forecast's end is what the
-    # limits allow, and all rows would go to the pair.
     config = long_config(bench, "long-without", bench.kit.many, 0, {"single": {}})
     with bench.started(config, squeeze) as job:
         bench.finish(job, config, plain)
