@@ -648,7 +648,7 @@ def test_stress(max_decode_tokens, launches):
         capacity = paged.capacity()
         assert capacity.pages_free + capacity.pages_cached == capacity.pages_total
         assert paged.events["preemptions"] > 0 < paged.events["oom_decode"]
-        assert (paged.events["kept"] > 1000) == bool(max_decode_tokens)
+        assert (paged.events["kept"] > 0) == bool(max_decode_tokens)
         assert (runner.behind > 100) == (bool(launches) and not max_decode_tokens)
         assert not paged.dead
 
