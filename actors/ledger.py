@@ -150,7 +150,7 @@ class Ledger:
             self.end(ask.row_id, ask.attempt)
             if ask.row_id in self.core.where:
                 raise Fenced(f"a higher attempt of {ask.row_id} has taken over from {ask.attempt}")
-            raise error
+            raise error.with_traceback(None)  # one for all
         return self._home(ask, self.core.ask(ask, time.monotonic()))
 
     def replied(self, row_id: str, attempt: int, tokens: int) -> None:

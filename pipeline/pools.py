@@ -22,7 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.util import placement_group_table
 
 from actors.engine.protocol import NO_PAGE, Capacity, EngineSpec
-from actors.errors import EngineDead, EngineError, Incomplete, InputError, OutOfMemory
+from actors.errors import EngineError, Incomplete, InputError, OutOfMemory
 from actors.ladder import LOSSY, OFFERED, GiveUp, Hardware, Rung, Standing, next_rung, order
 from actors.messages import Numerics
 from pipeline.config import RunConfig
@@ -32,6 +32,11 @@ ROUTER = "actors.router.HomeRouter"
 DRAIN_S = 15
 """How long a replica that is to go may take for the calls it has: a turn of 256 tokens."""
 GAVE_UP_S = 30.0
+"""A pool without a replica, though it should have some, is closed after so long."""
+UNPLACED_S = 60.0
+"""So is one that finds no GPUs when small replicas have made all the room they can; they take DRAIN_S to go."""
+NODE_S = 1800.0
+"""And one for which the autoscaler brings no node."""
 UNBOUNDED = 1 << 20
 """GPUs of a cluster that brings those that are missing, or of one that needs none."""
 
@@ -313,7 +318,8 @@ class Sharing:
         self.turns = Turns()
         self.controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
         self.closed: dict[str, EngineError] = {}
-        self.empty_s: dict[str, float] = {}  # since when a pool that should have replicas has none, not even starting
+        self.empty_s: dict[str, float] = {}  # since when a pool that should have replicas has none, nor a start of any
+        self.said: dict[str, list[str]] = {}  # by Serve of such a pool: what it said before, and what since
 
     def step(self) -> dict[str, int]:
         """Look, and act where it is needed; about once a second. Replicas by pool, where they change.
@@ -332,16 +338,23 @@ class Sharing:
             each = pool.tp * max(1, pool.gpus)
             short = pool is not smallest and up < self.now[pool.name]
             too_large = pool is not smallest and each > on_node
+            unplaced = self._unplaced(pool) if short and not too_large else 0
             if pool.name in self.closed:
                 if rows:  # a ledger that was restarted does not know
                     self._close(pool, self.closed[pool.name])
-            elif short or (too_large and rows):
-                self._check(pool, f"a replica takes {each} GPUs of one node, the largest has {on_node}" * too_large)
+            elif too_large and rows:
+                self._lacks(pool, f"a replica takes {each} GPUs of one node, the largest has {on_node}", GAVE_UP_S)
+            elif unplaced and not up and not (bounded(smallest) and self.now[smallest.name] > smallest.least):
+                limit_s = UNPLACED_S if bounded(smallest) else NODE_S
+                self._lacks(pool, f"a replica takes {each} GPUs of one node, none had them in {limit_s:.0f} s", limit_s)
+            elif short and not up:
+                self._check(pool)
             else:
                 self.empty_s.pop(pool.name, None)
+                self.said.pop(pool.name, None)
             gone = too_large or pool.name in self.closed
             bounds = (0, 0, 0) if gone else (pool.least, pool.most, rows)
-            needs.append(Need(pool.name, each, *bounds, slots, self._unplaced(pool) if short and not gone else 0))
+            needs.append(Need(pool.name, each, *bounds, slots, 0 if gone else unplaced))
         wanted = self.turns.share(gpus, needs, time.monotonic())
         changes = {
             pool.name: wanted[pool.name]
@@ -353,24 +366,30 @@ class Sharing:
             self.now[name] = count
         return changes
 
-    def _check(self, pool: Sized, too_large: str) -> None:
-        """Close a pool that cannot start to the rows that wait for it.
+    def _lacks(self, pool: Sized, what: str, limit_s: float) -> None:
+        """Close a pool that has lacked GPUs for so long."""
+        now_s = time.monotonic()
+        if now_s - self.empty_s.setdefault(pool.name, now_s) > limit_s:
+            self._close(pool, OutOfMemory(what, "load"))
 
-        Args:
-            too_large: why no node can hold a replica, or empty.
-        """
+    def _check(self, pool: Sized) -> None:
+        """Close a pool whose replicas do not start."""
         now_s = time.monotonic()
         status = serve.status().applications[self.app].deployments[pool.name]
-        if any(status.replica_states.values()) and not too_large:
+        if any(status.replica_states.values()):
             self.empty_s[pool.name] = now_s
-        # Serve gives up after some tries, and says so only of a deployment that it scales itself. A node may come back.
+        # Serve gives up after some tries, and says so only of a deployment that it scales itself; with one that has
+        # run before it goes on for ever. What it says of a failed start names the process: no two are alike.
+        said = self.said.setdefault(pool.name, [status.message])
+        if said[-1] != status.message:
+            said.append(status.message)
         gave_up = now_s - self.empty_s.setdefault(pool.name, now_s) > GAVE_UP_S
-        if too_large and gave_up:
-            self._close(pool, OutOfMemory(too_large, "load"))
-        elif not too_large and (gave_up or status.status_trigger == "REPLICA_STARTUP_FAILED"):
+        gave_up |= sum("failed to start" in one for one in said[1:]) >= max(2, self.now[pool.name])
+        if gave_up or status.status_trigger == "REPLICA_STARTUP_FAILED":
             error = failure(status.message)
             if not isinstance(error, EngineError):
-                error = EngineDead(f"pool {pool.name} cannot start; the log of Serve's controller says why")
+                why = status.message.strip().rpartition("\n")[2] or "the log of Serve's controller says why"
+                error = EngineError(f"pool {pool.name} cannot start: {why}")
             self._close(pool, error)
 
     def _close(self, pool: Sized, error: EngineError) -> None:

@@ -388,18 +388,21 @@ class Attempts:
                 self.replica = self.home or self.replica
                 self._climb(cause)
             elif isinstance(cause, EngineError) and not isinstance(cause, EngineDead):
-                raise cause from None
+                raise type(cause)("; ".join([*self.shortages, str(cause)])) from None
             said = f"{type(cause).__name__}: {cause}".splitlines()[0]
             self.lease.failed(self.home)
             failed = (self.task.row_id, self.attempt, self.home or self.replica)
             await self.agents.record("fail", *failed, said, self.lost_gpu_s, self.pool, self.device)
             await asyncio.sleep(RETRY_S)
             while (begun := await self.begin()).wait_s is not None:
+                # The row whose turn it is may need its place.
+                self.agents.lease(("end", (self.task.row_id, self.attempt)))
                 await asyncio.sleep(begun.wait_s)
             if begun.stop or begun.row is not None:
                 raise _Stopped
             if begun.exhausted:
-                raise EngineDead(f"{begun.attempt} attempts ended without an answer; the last: {said}") from cause
+                ended = f"{begun.attempt} attempts ended without an answer; the last: {said}"
+                raise EngineDead("; ".join([*self.shortages, ended])) from cause
 
     def _together(self, numerics: Numerics) -> Numerics:
         """Of all calls so far, the last of which had these. Nobody can repeat a row of two numerics, nor one whose pool

@@ -12,7 +12,7 @@ import pytest
 from ray.exceptions import ActorDiedError, RayError
 
 from actors.engine.protocol import Capacity, EngineSpec, Request
-from actors.errors import EngineDead, Fenced, NotHome, OutOfMemory
+from actors.errors import EngineDead, EngineError, Fenced, NotHome, OutOfMemory
 from actors.ledger import Ledger, Report
 from actors.messages import FORECAST_LEVELS, Call, Forecast, Reply, Sampling, Stage, Turn
 from actors.stopping import TurnMatcher
@@ -62,8 +62,12 @@ class Handle:
     async def _generate_many(self, calls):
         if self.breaks is not None:
             raise self.breaks
-        for place, call in enumerate(calls):
-            yield [(place, await self._generate(call))]
+
+        async def placed(place, call):
+            return place, await self._generate(call)
+
+        for answered in asyncio.as_completed([placed(*one) for one in enumerate(calls)]):
+            yield [await answered]
 
     async def _generate_alone(self, call):
         self.alone.append(call.row_id)
@@ -103,7 +107,8 @@ class Local(rollout.Agents):
         self.ledger = SimpleNamespace(
             **{name: SimpleNamespace(remote=getattr(self.books, name)) for name in ("do", "acquire")}
         )
-        self.journal = SimpleNamespace(do=SimpleNamespace(remote=Journal(str(folder)).do))
+        self.written = Journal(str(folder))
+        self.journal = SimpleNamespace(do=SimpleNamespace(remote=self.written.do))
         self._journal, self.lines = Batched(self._send_journal, 0.001), {}
         self.lease, self._endings = Batched(self._send_leases, 0.001), Batched(self._send_endings, 0.001)
 
@@ -278,6 +283,56 @@ async def test_a_row_that_no_pool_can_hold_says_all_that_it_lacked(agents, monke
         "no pool is sharded over",
     ):
         assert words in row["error"]
+
+
+async def test_a_row_whose_larger_pool_does_not_start_says_so_beside_what_it_lacked(agents, monkeypatch):
+    monkeypatch.setattr(rollout, "RETRY_S", 0.01)
+    made, long = agents(pair=2), PREPARED["tasks"][0].row_id
+    made.handles["single"].errors = {long: [OutOfMemory("it may need 9 tokens, there are 8", "never_fits")]}
+    await made.books.close("pair", EngineError("pool pair cannot start: ValueError: no"))
+    row = next(row for row in (await made.run()).to_pylist() if row["row_id"] == long)
+    assert (row["status"], row["attempts"]) == ("failed", 2)
+    assert row["error"].endswith("it may need 9 tokens, there are 8; pool pair cannot start: ValueError: no")
+
+
+async def test_rows_that_wait_for_their_turn_alone_hold_no_place_that_it_needs(agents, monkeypatch):
+    """Two replicas go with all their calls, one comes back, and a row without a place is the first to go on."""
+    monkeypatch.setattr(rollout, "RETRY_S", 0.01)
+    monkeypatch.setattr("pipeline.journal.ALONE_WAIT_S", 0.02)
+    made = agents()
+    made.written.max_attempts = 2
+    handle, core = made.handles["single"], made.books.core
+    generate, fails = handle._generate, {task.row_id: asyncio.Event() for task in PREPARED["tasks"]}
+    asked: set[str] = set()
+
+    async def lost_once(call):
+        if call.row_id in asked:
+            return await generate(call)
+        asked.add(call.row_id)
+        await fails[call.row_id].wait()
+        return EngineDead("the replica is gone")
+
+    async def one_comes_back():
+        while len(asked) < len(fails):
+            await asyncio.sleep(0.01)
+        for replica in ("r0", "r1"):
+            del made.books.heard[replica]
+            core.pools["single"].replica_down(replica)
+        await made.books.report(Report("single", "r2", 0, 0, 3))
+        await asyncio.sleep(0.1)
+        homeless = [row_id for row_id in fails if core.lease(row_id) is None]
+        assert len(homeless) == 3
+        fails[homeless[0]].set()
+        await asyncio.sleep(0.2)
+        for failed in fails.values():
+            failed.set()
+
+    handle._generate = lost_once
+    async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
+        tasks.create_task(one_comes_back())
+        table = await made.run(Report("single", "r0", 0, 0, 3), Report("single", "r1", 0, 0, 3))
+    assert set(table["status"].to_pylist()) == {"ok"}
+    assert set(table["attempts"].to_pylist()) == {2}
 
 
 async def test_one_that_is_fenced_while_it_waits_is_left_to_its_successor(agents, monkeypatch):

@@ -118,7 +118,7 @@ def test_what_is_recorded_of_an_out_of_memory_goes_to_the_run():
 class Cluster:
     """Serve, Ray and the ledger as `Sharing` sees them: GPUs by node, rows by pool, and the pools that were closed."""
 
-    def __init__(self, monkeypatch, *nodes, least=0, **rows):
+    def __init__(self, monkeypatch, *nodes, least=0, ranged=False, **rows):
         self.nodes, self.rows, self.now_s, self.up, self.closed = list(nodes), rows, 0.0, {"single": 2, "pair": 0}, []
         actor = SimpleNamespace(
             pools=self._remote(lambda: {name: (self.rows.get(name, 0), None, up) for name, up in self.up.items()}),
@@ -133,12 +133,15 @@ class Cluster:
         )
         monkeypatch.setattr(pools, "ray", ray)
         monkeypatch.setattr(pools.time, "monotonic", lambda: self.now_s)
-        monkeypatch.setattr(pools, "placement_group_table", dict)
+        self.unplaced = False
+        waiting = {"id": {"name": "SERVE_REPLICA::app#pair#x", "state": "PENDING"}}
+        monkeypatch.setattr(pools, "placement_group_table", lambda: waiting if self.unplaced else {})
         self.pair = SimpleNamespace(replica_states={}, status_trigger="CONFIG_UPDATE_STARTED", message="")
         status = SimpleNamespace(applications={"app": SimpleNamespace(deployments={"pair": self.pair})})
         monkeypatch.setattr(pools.serve, "status", lambda: status)
         gang = Pool(num_gpus=1, tensor_parallel_size=2, replicas=ReplicaRange(min=least, max=1))
-        configs = {"single": Pool(num_gpus=1), "pair": gang}
+        single = Pool(num_gpus=1, replicas=ReplicaRange(min=1, max=2)) if ranged else Pool(num_gpus=1)
+        configs = {"single": single, "pair": gang}
         self.sharing = pools.Sharing("app", sized(configs, int(sum(nodes))), actor)
 
     @staticmethod
@@ -191,7 +194,38 @@ def test_a_gang_that_is_replaced_is_waited_for(monkeypatch):
     assert not cluster.closed
     cluster.pair.replica_states = {}
     cluster.step(times=40)
-    assert cluster.closed[0] == ("pair", "pool pair cannot start; the log of Serve's controller says why")
+    assert cluster.closed[0] == ("pair", "pool pair cannot start: the log of Serve's controller says why")
+
+
+def test_a_gang_that_ran_before_and_does_not_start_again_is_closed_after_two_tries(monkeypatch):
+    """Serve calls such a pool healthy, and tries for ever."""
+    cluster = Cluster(monkeypatch, 2, single=50, pair=1)
+    cluster.step()
+    cluster.pair.status_trigger, cluster.pair.replica_states = "CONFIG_UPDATE_COMPLETED", {"STARTING": 1}
+    cluster.pair.message = "A replica failed to start with exception. Retrying. Error: (pid=1)\nValueError: of long ago"
+    cluster.step(times=60)
+    cluster.pair.message = "A replica failed to start with exception. Retrying. Error: (pid=2)\nValueError: no"
+    cluster.step(times=60)
+    assert not cluster.closed
+    cluster.pair.message = "A replica failed to start with exception. Retrying. Error: (pid=3)\nValueError: no"
+    cluster.step()
+    assert cluster.closed == [("pair", "pool pair cannot start: ValueError: no")]
+    assert cluster.sharing.now == {"single": 2, "pair": 0}
+
+
+@pytest.mark.parametrize(("ranged", "after_s"), [(False, 60), (True, 1800)])
+def test_a_gang_that_finds_no_gpus_when_all_room_is_made_is_closed(monkeypatch, ranged, after_s):
+    """Another job has them, say, or the pool's labels are no node's."""
+    cluster = Cluster(monkeypatch, 4, single=50, pair=1, ranged=ranged)
+    cluster.up = {"single": 4, "pair": 0}
+    cluster.pair.replica_states, cluster.unplaced = {"STARTING": 1}, True
+    drained_s = 0 if ranged else 60  # two at once, then one each half minute
+    cluster.step(times=drained_s + after_s)
+    assert not cluster.closed
+    cluster.step(times=5)
+    said = f"a replica takes 2 GPUs of one node, none had them in {after_s} s"
+    assert cluster.closed[0] == ("pair", said)
+    assert cluster.sharing.now["pair"] == 0
 
 
 def test_a_node_that_comes_back_in_time_gets_its_gang(monkeypatch):
