@@ -279,7 +279,8 @@ def compare(bench: Bench, frame: pd.DataFrame, found: Found, other: str = "roomy
     """With those rows of a case that ran before that this one has as well; so many may differ."""
     path = bench.work / other / "results"
     if not path.exists():
-        raise RuntimeError(f"it is compared with `{other}`, which has not run in this --work")
+        found.problems.append(f"it is compared with `{other}`, which has not run in this --work")
+        return
     wanted = steps_of(pd.read_parquet(path).set_index("row_id").sort_index())
     mine = steps_of(frame)
     both = wanted.keys() & mine.keys()
