@@ -36,7 +36,7 @@ GAVE_UP_S = 30.0
 UNPLACED_S = 60.0
 """So is one that finds no GPUs when small replicas have made all the room they can; they take DRAIN_S to go."""
 NODE_S = 1800.0
-"""And one for which the autoscaler brings no node."""
+"""And one for which the autoscaler brings no node, while small replicas have no row that keeps them."""
 UNBOUNDED = 1 << 20
 """GPUs of a cluster that brings those that are missing, or of one that needs none."""
 
@@ -318,7 +318,7 @@ class Sharing:
         self.turns = Turns()
         self.controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
         self.closed: dict[str, EngineError] = {}
-        self.empty_s: dict[str, float] = {}  # since when a pool that should have replicas has none, nor a start of any
+        self.empty: dict[str, tuple[str, float]] = {}  # pools that should have replicas: what they lack, since when
         self.said: dict[str, list[str]] = {}  # by Serve of such a pool: what it said before, and what since
 
     def step(self) -> dict[str, int]:
@@ -332,6 +332,8 @@ class Sharing:
         gpus, on_node = UNBOUNDED, UNBOUNDED
         if bounded(smallest):
             gpus, on_node = int(ray.cluster_resources().get("GPU", 0)), largest_node()
+        # Small replicas have made it.
+        all_room = self.now[smallest.name] <= smallest.least if bounded(smallest) else not found[smallest.name][0]
         needs: list[Need] = []
         for pool in self.pools:
             rows, slots, up = found[pool.name]
@@ -344,13 +346,13 @@ class Sharing:
                     self._close(pool, self.closed[pool.name])
             elif too_large and rows:
                 self._lacks(pool, f"a replica takes {each} GPUs of one node, the largest has {on_node}", GAVE_UP_S)
-            elif unplaced and not up and not (bounded(smallest) and self.now[smallest.name] > smallest.least):
+            elif unplaced >= max(1, self.now[pool.name]) and not up and all_room:
                 limit_s = UNPLACED_S if bounded(smallest) else NODE_S
                 self._lacks(pool, f"a replica takes {each} GPUs of one node, none had them in {limit_s:.0f} s", limit_s)
             elif short and not up:
                 self._check(pool)
             else:
-                self.empty_s.pop(pool.name, None)
+                self.empty.pop(pool.name, None)
                 self.said.pop(pool.name, None)
             gone = too_large or pool.name in self.closed
             bounds = (0, 0, 0) if gone else (pool.least, pool.most, rows)
@@ -368,22 +370,27 @@ class Sharing:
 
     def _lacks(self, pool: Sized, what: str, limit_s: float) -> None:
         """Close a pool that has lacked GPUs for so long."""
-        now_s = time.monotonic()
-        if now_s - self.empty_s.setdefault(pool.name, now_s) > limit_s:
+        if self._since(pool, what) > limit_s:
             self._close(pool, OutOfMemory(what, "load"))
+
+    def _since(self, pool: Sized, what: str) -> float:
+        """Seconds for which the pool has lacked this."""
+        now_s = time.monotonic()
+        if pool.name not in self.empty or self.empty[pool.name][0] != what:
+            self.empty[pool.name] = what, now_s
+        return now_s - self.empty[pool.name][1]
 
     def _check(self, pool: Sized) -> None:
         """Close a pool whose replicas do not start."""
-        now_s = time.monotonic()
         status = serve.status().applications[self.app].deployments[pool.name]
         if any(status.replica_states.values()):
-            self.empty_s[pool.name] = now_s
+            self.empty.pop(pool.name, None)
         # Serve gives up after some tries, and says so only of a deployment that it scales itself; with one that has
         # run before it goes on for ever. What it says of a failed start names the process: no two are alike.
         said = self.said.setdefault(pool.name, [status.message])
         if said[-1] != status.message:
             said.append(status.message)
-        gave_up = now_s - self.empty_s.setdefault(pool.name, now_s) > GAVE_UP_S
+        gave_up = self._since(pool, "replicas") > GAVE_UP_S
         gave_up |= sum("failed to start" in one for one in said[1:]) >= max(2, self.now[pool.name])
         if gave_up or status.status_trigger == "REPLICA_STARTUP_FAILED":
             error = failure(status.message)

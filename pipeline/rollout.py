@@ -394,9 +394,10 @@ class Attempts:
             failed = (self.task.row_id, self.attempt, self.home or self.replica)
             await self.agents.record("fail", *failed, said, self.lost_gpu_s, self.pool, self.device)
             await asyncio.sleep(RETRY_S)
+            mine = self.attempt  # `begin` tells that of whoever began last
             while (begun := await self.begin()).wait_s is not None:
                 # The row whose turn it is may need its place.
-                self.agents.lease(("end", (self.task.row_id, self.attempt)))
+                self.agents.lease(("end", (self.task.row_id, mine)))
                 await asyncio.sleep(begun.wait_s)
             if begun.stop or begun.row is not None:
                 raise _Stopped

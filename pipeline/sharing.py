@@ -102,7 +102,7 @@ def share(gpus: int, needs: Sequence[Need], spare: int = 0) -> dict[str, int]:
         del kept[need.name]
         found[need.name] = max(0, min(need.wanted, (gpus - sum(kept.values())) // need.gpus))
         gpus -= found[need.name] * need.gpus
-        working |= found[need.name] > need.least
+        working |= found[need.name] > need.least or min(found[need.name], need.unplaced) > 0
     left = gpus - (spare if working else 0)
     found[smallest.name] = max(smallest.least, min(smallest.most, left // smallest.gpus))
     return found

@@ -139,7 +139,7 @@ class Cluster:
         self.pair = SimpleNamespace(replica_states={}, status_trigger="CONFIG_UPDATE_STARTED", message="")
         status = SimpleNamespace(applications={"app": SimpleNamespace(deployments={"pair": self.pair})})
         monkeypatch.setattr(pools.serve, "status", lambda: status)
-        gang = Pool(num_gpus=1, tensor_parallel_size=2, replicas=ReplicaRange(min=least, max=1))
+        gang = Pool(num_gpus=1, tensor_parallel_size=2, replicas=ReplicaRange(min=least, max=max(1, least)))
         single = Pool(num_gpus=1, replicas=ReplicaRange(min=1, max=2)) if ranged else Pool(num_gpus=1)
         configs = {"single": single, "pair": gang}
         self.sharing = pools.Sharing("app", sized(configs, int(sum(nodes))), actor)
@@ -213,19 +213,40 @@ def test_a_gang_that_ran_before_and_does_not_start_again_is_closed_after_two_tri
     assert cluster.sharing.now == {"single": 2, "pair": 0}
 
 
-@pytest.mark.parametrize(("ranged", "after_s"), [(False, 60), (True, 1800)])
-def test_a_gang_that_finds_no_gpus_when_all_room_is_made_is_closed(monkeypatch, ranged, after_s):
+@pytest.mark.parametrize(("ranged", "least", "after_s"), [(False, 0, 60), (False, 1, 60), (True, 0, 1800)])
+def test_a_gang_that_finds_no_gpus_when_all_room_is_made_is_closed(monkeypatch, ranged, least, after_s):
     """Another job has them, say, or the pool's labels are no node's."""
-    cluster = Cluster(monkeypatch, 4, single=50, pair=1, ranged=ranged)
+    cluster = Cluster(monkeypatch, 4, single=50, pair=1, ranged=ranged, least=least)
     cluster.up = {"single": 4, "pair": 0}
     cluster.pair.replica_states, cluster.unplaced = {"STARTING": 1}, True
     drained_s = 0 if ranged else 60  # two at once, then one each half minute
+    if ranged:  # small replicas that are at work have what it wants
+        cluster.step(times=2 * after_s)
+        assert not cluster.closed
+        cluster.rows["single"] = 0
     cluster.step(times=drained_s + after_s)
     assert not cluster.closed
     cluster.step(times=5)
     said = f"a replica takes 2 GPUs of one node, none had them in {after_s} s"
     assert cluster.closed[0] == ("pair", said)
     assert cluster.sharing.now["pair"] == 0
+
+
+def test_a_gang_that_loads_beside_one_that_has_no_place_is_waited_for(monkeypatch):
+    cluster = Cluster(monkeypatch, 4, single=50, pair=1, least=2)
+    cluster.sharing.now = {"single": 0, "pair": 2}
+    cluster.pair.replica_states, cluster.unplaced = {"STARTING": 2}, True
+    cluster.step(times=300)
+    assert not cluster.closed
+
+
+def test_a_node_that_is_away_for_a_moment_closes_no_gang_that_waits(monkeypatch):
+    cluster = Cluster(monkeypatch, 2, single=50, pair=1)
+    cluster.pair.replica_states, cluster.unplaced = {"STARTING": 1}, True
+    cluster.step(times=50)
+    cluster.nodes = [1]
+    cluster.step()
+    assert not cluster.closed
 
 
 def test_a_node_that_comes_back_in_time_gets_its_gang(monkeypatch):
