@@ -207,6 +207,7 @@ def _driver(bench: Bench, share: float) -> Outcome:
     job.until_calls(int(share * STEPS * bench.rows))
     job.process.kill()
     job.end()
+    wait_for(lambda: not bench.actors("Agents"), 60)  # they outlive it for a moment, and call the engine
     finished, calls, since = finished_rows(bench.out), len(bench.calls()), time.monotonic()
     again = bench.start()
     recover_s = bench.recovered(since, calls)
