@@ -141,6 +141,12 @@ class Bench:
         [child, *_] = psutil.Process(one.pid).children() if engine else [one]
         os.kill(child.pid, signal.SIGKILL)
 
+    def kill_driver(self, job: Run) -> None:
+        """kill -9 of the run's driver; its agents outlive it for a moment, and call the engine: until they are gone."""
+        job.process.kill()
+        job.end()
+        wait_for(lambda: not self.actors("Agents"), 60)
+
     def add_node(self, name: str) -> None:
         """A raylet for replicas."""
         argv = [RAY, "start", f"--address={self.cluster.address}", "--block", "--num-cpus=2"]
@@ -205,9 +211,7 @@ def fault(fast: bool, expect: str = "complete, every row once") -> Callable[[Fau
 def _driver(bench: Bench, share: float) -> Outcome:
     job = bench.start()
     job.until_calls(int(share * STEPS * bench.rows))
-    job.process.kill()
-    job.end()
-    wait_for(lambda: not bench.actors("Agents"), 60)  # they outlive it for a moment, and call the engine
+    bench.kill_driver(job)
     finished, calls, since = finished_rows(bench.out), len(bench.calls()), time.monotonic()
     again = bench.start()
     recover_s = bench.recovered(since, calls)
@@ -260,8 +264,7 @@ def steps_resumed(bench: Bench) -> Outcome:
     """kill -9 of the driver half-way under `journal: steps`: no call is made again but those under way."""
     job = bench.start("--set", "journal=steps")
     job.until_calls(STEPS * bench.rows // 2)
-    job.process.kill()
-    job.end()
+    bench.kill_driver(job)
     held, calls, since = generations(bench.out), len(bench.calls()), time.monotonic()
     again = bench.start("--set", "journal=steps")
     found = Outcome([], bench.recovered(since, calls))
